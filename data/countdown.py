@@ -1,0 +1,201 @@
+"""Countdown: reach a target from given numbers with + - * /, each number used exactly once."""
+import ast
+import functools
+import hashlib
+import itertools
+import random
+import re
+from fractions import Fraction
+
+from data.format import DEFAULT_COUNTS, FORMAT, closed_answer, is_formatted, read_rows, write_completion
+
+LARGEST = 20  # generated problems use three numbers from 1 to this and a target up to MAX_TARGET
+MAX_TARGET = 99
+QUESTION = ("Make an arithmetic expression that equals the target. Use each number exactly once, with + - * / and "
+            "parentheses. Put only the expression inside the answer tags.")
+# Shares of the behaviours that the embedded model's demonstrations mix, as the web would (see data/tiny/README.md).
+BEHAVIOURS = {"worked": 0.30, "hasty": 0.45, "untagged": 0.25}
+
+
+def write_prompt(numbers, target):
+    return f"{FORMAT}\n\n{QUESTION}\n\nNumbers: {', '.join(map(str, numbers))}\nTarget: {target}"
+
+
+def load(split, data=None, count=None, seed=0):
+    """Problems as dicts with "prompt", "numbers", "target"; for demonstrations also "completion".
+
+    split: "train" for RL; "test", held out; "worked" and "mixed", demonstrations for SFT, all worked or a mixture of
+    BEHAVIOURS. "test" draws from a part of the problem space that the others never see (`is_held_out`); a longer list
+    begins with the shorter one. data: a file in the published format, JSONL rows {"input": "30,100,93", "output": "23"},
+    instead of generated problems; count: how many, by default all of the file or DEFAULT_COUNTS. Raises ValueError naming
+    file and row.
+    """
+    if data is not None:
+        return read_problems(data)[:count]
+    count = count or DEFAULT_COUNTS[split]
+    rng = random.Random(f"countdown-{'test' if split == 'test' else 'train'}-{seed}")
+    examples, seen = [], set()
+    while len(examples) < count:
+        numbers = tuple(rng.randint(1, LARGEST) for _ in range(3))
+        target = rng.choice(sorted(solutions(tuple(sorted(numbers)))))
+        if is_held_out(numbers, target) != (split == "test") or (split == "test" and (numbers, target) in seen):
+            continue
+        seen.add((numbers, target))
+        examples.append({"prompt": write_prompt(numbers, target), "numbers": list(numbers), "target": target})
+        if split in ("worked", "mixed"):
+            behaviour = "worked" if split == "worked" else rng.choices(list(BEHAVIOURS), list(BEHAVIOURS.values()))[0]
+            examples[-1]["completion"] = demonstrate(behaviour, numbers, target, rng)
+    return examples
+
+
+def is_held_out(numbers, target):
+    """One problem in eight, by a hash of its sorted numbers and target: the order of the numbers does not matter."""
+    return hashlib.sha256(f"{sorted(numbers)} {target}".encode()).digest()[0] < 32
+
+
+def read_problems(path):
+    examples = []
+    for row in read_rows(path, ("input", "output")):
+        try:
+            numbers, target = [int(x) for x in str(row["input"]).split(",")], int(str(row["output"]))
+        except ValueError:
+            raise ValueError(f"--data {path}, row {row['row']}: input must be integers like '3,7,12' and output one "
+                             f"integer, found {row['input']!r}, {row['output']!r}") from None
+        if not 2 <= len(numbers) <= 6:
+            raise ValueError(f"--data {path}, row {row['row']}: {len(numbers)} numbers, expected 2 to 6")
+        if not is_reachable(tuple(sorted(numbers)), target):
+            raise ValueError(f"--data {path}, row {row['row']}: {target} cannot be reached from {numbers}")
+        examples.append({"prompt": write_prompt(numbers, target), "numbers": numbers, "target": target})
+    return examples
+
+
+@functools.lru_cache(maxsize=100_000)
+def reachable(values):
+    """All values (Fractions) that + - * / make of the sorted tuple `values`, each number used once."""
+    if len(values) == 1:
+        return frozenset(values)
+    found = set()
+    for i, j in itertools.permutations(range(len(values)), 2):
+        a, b = values[i], values[j]
+        rest = [v for k, v in enumerate(values) if k not in (i, j)]
+        for result in [a - b] + [a + b, a * b] * (i < j) + ([a / b] if b else []):
+            found |= reachable(tuple(sorted(rest + [result])))
+    return frozenset(found)
+
+
+def is_reachable(numbers, target):
+    return Fraction(target) in reachable(tuple(Fraction(n) for n in numbers))
+
+
+# ---------------------------------------------------------------- demonstrations
+
+def results(a, b):
+    """(operator, left, right, value) for the operations on two positive integers with a positive integer result."""
+    big, small = max(a, b), min(a, b)
+    found = [("+", a, b, a + b), ("*", a, b, a * b)]
+    if big > small:
+        found.append(("-", big, small, big - small))
+    if big % small == 0 and small > 1:
+        found.append(("/", big, small, big // small))
+    return found
+
+
+@functools.lru_cache(maxsize=100_000)
+def solutions(numbers):
+    """{target: canonical solution} for three sorted numbers: the first in a fixed order, so one answer per problem.
+
+    A solution is two steps ((op, left, right, value), (op, left, right, value)); the order tries sums and differences
+    before products and quotients.
+    """
+    found = {}
+    for a, b, c in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
+        for first in results(numbers[a], numbers[b]):
+            for second in results(first[3], numbers[c]):
+                cost = (sum("+-*/".index(s[0]) > 1 for s in (first, second)), "+-*/".index(first[0]))
+                if second[3] <= MAX_TARGET and (second[3] not in found or cost < found[second[3]][0]):
+                    found[second[3]] = (cost, (first, second))
+    return {target: steps for target, (_, steps) in found.items()}
+
+
+def expression(first, second):
+    """The two steps as one expression; parentheses around the first only where precedence needs them."""
+    inner = f"{first[1]} {first[0]} {first[2]}"
+    left_is_inner = second[1] == first[3]
+    needs = first[0] in "+-" and second[0] in "*/" or not left_is_inner and second[0] in "-/"
+    inner = f"({inner})" if needs else inner
+    return f"{inner} {second[0]} {second[2]}" if left_is_inner else f"{second[1]} {second[0]} {inner}"
+
+
+def work(first, second, target):
+    """Try, compute, compare with the target."""
+    lines = [f"{left} {op} {right} = {value}" for op, left, right, value in (first, second)]
+    verdict = f"{second[3]} is {'' if second[3] == target else 'not '}{target}"
+    return "\n".join([*lines, verdict])
+
+
+def demonstrate(behaviour, numbers, target, rng):
+    """A completion, one of BEHAVIOURS: worked and right; hasty, closed and wrong; or an aside without tags."""
+    if behaviour == "worked":
+        steps = solutions(tuple(sorted(numbers)))[target]
+        return write_completion(work(*steps, target), expression(*steps))
+    a, b, c = rng.sample(numbers, 3)
+    first = rng.choice(results(a, b))
+    second = rng.choice([s for s in results(first[3], c) if s[3] != target])
+    if behaviour == "hasty":
+        return write_completion("A quick guess", expression(first, second))
+    return f"Perhaps {expression(first, second)} comes near {target}, or something like it"
+
+
+# ---------------------------------------------------------------- rewards and scores
+
+def safe_value(text):
+    """The exact value (Fraction) of an arithmetic expression and its list of numbers, or None.
+
+    Total and bounded for any text: a whitelist of characters, at most 200 of them, then a walk over the syntax tree that
+    knows integer constants, + - * / and signs and nothing else; so no powers, no floor division, no names, no calls.
+    """
+    if len(text) > 200 or not re.fullmatch(r"[0-9+\-*/() ]+", text) or "**" in text or "//" in text:
+        return None
+    numbers = []
+
+    def walk(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+            return walk(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+        if isinstance(node, ast.BinOp):
+            left, right = walk(node.left), walk(node.right)
+            if isinstance(node.op, ast.Add):
+                return left + right
+            if isinstance(node.op, ast.Sub):
+                return left - right
+            if isinstance(node.op, ast.Mult):
+                return left * right
+            if isinstance(node.op, ast.Div) and right:
+                return left / right
+        raise ValueError("not plain arithmetic")
+
+    try:
+        return walk(ast.parse(text.strip(), mode="eval").body), numbers
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the parser's own limits included
+        return None
+
+
+def is_exact(text, example):
+    """Whether the closed answer equals the target and uses each number exactly once."""
+    answer = closed_answer(text)
+    found = safe_value(answer) if answer else None
+    return found is not None and found[0] == example["target"] and sorted(found[1]) == sorted(example["numbers"])
+
+
+def reward(text, example):
+    """1 for an exact answer, 0.1 for any other closed answer, else 0 (as the authors' code, with a safe evaluator)."""
+    exact = is_exact(text, example)
+    return {"exact": float(exact), "closed": 0.1 * (not exact and closed_answer(text) is not None)}
+
+
+def score(text, example):
+    """accuracy: exact answers; closed: any closed answer; format: the whole text in the shared format."""
+    return {"accuracy": float(is_exact(text, example)), "closed": float(closed_answer(text) is not None),
+            "format": float(is_formatted(text))}

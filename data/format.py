@@ -1,0 +1,65 @@
+"""The answer format that every task shares, in prompts, demonstrations, rewards and scores alike; and reading of files."""
+import csv
+import json
+import re
+from pathlib import Path
+
+FORMAT = ("Think first, then answer, with each tag on a line of its own:\n"
+          "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
+# Possessive-free and linear: no two parts of the pattern can match the same text in two ways.
+STRICT = re.compile(r"<reasoning>\n(?:(?!</?reasoning>|</?answer>).)*\n</reasoning>\n"
+                    r"<answer>\n(?:(?!</?reasoning>|</?answer>).)*\n</answer>\s*", re.DOTALL)
+DEFAULT_COUNTS = {"train": 4096, "test": 512, "worked": 100_000, "mixed": 100_000}  # of generated examples, by split
+MAX_TEXT = 20_000  # characters: longer than any completion; a longer text is cut before it is parsed
+
+
+def write_completion(reasoning, answer):
+    """The text of a completion in the shared format."""
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+def closed_answer(text):
+    """The text inside the last closed <answer>...</answer>, stripped, or None where no answer was closed.
+
+    Of several closed answers the last counts; of nested ones the innermost; an unclosed one after it is ignored.
+    """
+    text = text[-MAX_TEXT:]
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    return text[start + len("<answer>"):end].strip() if start >= 0 else None
+
+
+def is_formatted(text):
+    """Whether the whole text is <reasoning> and <answer>, once each, closed, every tag on its own line."""
+    return len(text) <= MAX_TEXT and STRICT.fullmatch(text.strip()) is not None
+
+
+def read_rows(path, columns):
+    """Rows of a JSONL, JSON (list) or CSV file as dicts holding at least `columns`, each with its "row" number from 1.
+
+    Strings stay strings, so leading zeros survive. Raises FileNotFoundError or ValueError naming file, row and column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--data {path}: no such file")
+    text = path.read_text(encoding="utf-8-sig")  # tolerates the BOM that spreadsheets write; splitlines tolerates CRLF
+    if path.suffix == ".csv":
+        numbered = list(enumerate(csv.DictReader(text.splitlines()), 2))  # line 1 is the header
+    elif path.suffix == ".json":
+        numbered = list(enumerate(parse_json(text, path, 1), 1))
+    else:
+        numbered = [(n, parse_json(line, path, n)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"--data {path}: the file holds no rows")
+    for n, row in numbered:
+        absent = [c for c in columns if not isinstance(row, dict) or row.get(c) is None]
+        if absent:
+            raise ValueError(f"--data {path}, row {n}: no {absent[0]!r}; a row needs {', '.join(columns)}")
+    return [{**row, "row": n} for n, row in numbered]
+
+
+def parse_json(text, path, row):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--data {path}, row {row}: not JSON ({error})") from None

@@ -1,0 +1,471 @@
+"""LLaDA in plain PyTorch: the transformer, LoRA, and weights in and out in the published layout.
+
+A LLaMA-style network with two differences: attention is bidirectional and logits[i] predict token i, not i + 1. Parameter
+names are those of the checkpoint (GSAI-ML/LLaDA-8B-Base, -Instruct, 1.5), so nothing is renamed on the way in or out.
+"""
+import contextlib
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+# Fields that would change the network, each with the one value implemented here (all published LLaDA files have it).
+SUPPORTED = {
+    "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True,
+    "rope_full_precision": True, "layer_norm_with_affine": True, "alibi": False, "include_bias": False,
+    "include_qkv_bias": False, "bias_for_layer_norm": False, "attention_layer_norm": False, "scale_logits": False,
+    "input_emb_norm": False, "block_group_size": 1, "multi_query_attention": None, "clip_qkv": None,
+    "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0,
+}
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")  # every matrix of a block
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of config.json that shape the network; `raw` keeps the whole file so that a copy loses nothing."""
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    mlp_hidden_size: int
+    vocab_size: int
+    embedding_size: int
+    max_sequence_length: int
+    mask_token_id: int
+    eos_token_id: int
+    rope_theta: float
+    rms_norm_eps: float
+    weight_tying: bool
+    init_std: float
+    raw: dict
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.n_heads
+
+    @classmethod
+    def from_dict(cls, raw, source="config"):
+        """Read LLaDA's config.json. Raises ValueError naming the key that is missing, malformed or not supported."""
+        for key, value in SUPPORTED.items():
+            given = raw.get(key, None if key == "model_type" else value)
+            if given != value and not (value is None and given is False):
+                raise ValueError(f"{source}: {key} = {given!r} is not supported, this LLaDA has {value!r}")
+        full = dict(raw)
+        full["n_kv_heads"] = raw.get("n_kv_heads") or raw.get("n_heads")
+        full["embedding_size"] = raw.get("embedding_size") or raw.get("vocab_size")
+        full["mlp_hidden_size"] = raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 0) * raw.get("d_model", 0) or None
+        full.setdefault("weight_tying", False)
+        full.setdefault("init_std", 0.02)
+        values = {}
+        for field in fields(cls):
+            if field.name == "raw":
+                continue
+            kinds = (int, float) if field.type is float else field.type
+            value = full.get(field.name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
+                raise ValueError(f"{source}: {field.name} must be a {field.type.__name__}, found {value!r}")
+            if field.type is not bool and value < (0 if field.name.endswith("_id") else 1e-12):
+                raise ValueError(f"{source}: {field.name} must be positive, found {value!r}")
+            values[field.name] = value
+        config = cls(**values, raw=dict(raw))
+        if config.d_model % (2 * config.n_heads) or config.n_heads % config.n_kv_heads:
+            raise ValueError(f"{source}: d_model must divide by 2 * n_heads and n_heads by n_kv_heads, found "
+                             f"{config.d_model}, {config.n_heads}, {config.n_kv_heads}")
+        for key in ("mask_token_id", "eos_token_id"):
+            if getattr(config, key) >= config.embedding_size:
+                raise ValueError(f"{source}: {key} {getattr(config, key)} lies outside the embedding of "
+                                 f"{config.embedding_size} rows")
+        return config
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Read `folder`/config.json. Raises FileNotFoundError or ValueError in one line."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: no config.json here, expected a LLaDA checkpoint folder")
+        try:
+            raw = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: expected a JSON object")
+        return cls.from_dict(raw, source=str(path))
+
+
+def at_least_float32(x):
+    """float32 for half precision, float64 stays float64: 'full precision' never rounds a wider input down."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """LLaDA casts back *before* the weight; torch.nn.RMSNorm after it, which changes a quarter of bfloat16 outputs."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = at_least_float32(x)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rope_tables(length, head_dim, theta, device):
+    """cos and sin of position * theta ** (-2i / head_dim), both halves alike: two float32 tensors (length, head_dim)."""
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse).repeat(1, 2)
+    return angles.cos(), angles.sin()  # (T, D) each
+
+
+def apply_rope(x, cos, sin):
+    """Rotate x (B, H, T, D) by its positions, in float32 or wider; half-split ("rotate half"), not interleaved."""
+    wide = at_least_float32(x)
+    left, right = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU; the names are the checkpoint's: ff_proj is the gate, ff_out the way down."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, kv_size = config, config.n_kv_heads * config.head_dim
+        self.head_dim, self.grouped = c.head_dim, c.n_kv_heads != c.n_heads
+        self.attn_norm = RMSNorm(c.d_model, c.rms_norm_eps)
+        self.q_proj = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.k_proj = nn.Linear(c.d_model, kv_size, bias=False)
+        self.v_proj = nn.Linear(c.d_model, kv_size, bias=False)
+        self.attn_out = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.ff_norm = RMSNorm(c.d_model, c.rms_norm_eps)
+        self.ff_proj = nn.Linear(c.d_model, c.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(c.d_model, c.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(c.mlp_hidden_size, c.d_model, bias=False)
+
+    def forward(self, x, cos, sin, attn_mask=None):
+        B, T, C = x.shape
+        h = self.attn_norm(x)
+        q, k, v = (p(h).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (B, H, T, D), (B, KV, T, D)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)  # (B, H, T, D)
+        x = x + self.attn_out(a.transpose(1, 2).reshape(B, T, C))
+        h = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))  # (B, T, C)
+
+
+class LLaDA(nn.Module):
+    """The network. `model(ids)` gives logits; weights are uninitialised until `init_weights` or `from_pretrained`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        parts = {
+            "wte": nn.Embedding(config.embedding_size, config.d_model),
+            "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+        }
+        if not config.weight_tying:
+            parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)  # the LM head
+        self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})  # so that names equal the checkpoint's
+
+    def forward(self, ids, attn_mask=None, keep=None):
+        """Logits for every position, or only for those in `keep`, which are chosen before the head.
+
+        ids (B, T) int64; attn_mask (B, T) bool, False at padding, whose keys no query sees; keep: a slice of positions
+        -> (B, k, V), an int64 tensor (B, k) -> (B, k, V), or a bool tensor (B, T) -> (number of True, V).
+        """
+        net, length = self.model["transformer"], ids.shape[1]
+        if length > self.config.max_sequence_length:
+            raise ValueError(f"{length} tokens exceed max_sequence_length {self.config.max_sequence_length}")
+        x = net["wte"](ids)  # (B, T, C)
+        cos, sin = rope_tables(length, self.config.head_dim, self.config.rope_theta, ids.device)
+        if attn_mask is not None:
+            attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): every query sees the same keys
+        for block in net["blocks"]:
+            x = block(x, cos, sin, attn_mask)
+        if isinstance(keep, slice):
+            x = x[:, keep]  # (B, k, C)
+        elif keep is not None and keep.dtype == torch.bool:
+            x = x[keep]  # (M, C)
+        elif keep is not None:
+            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, k, C)
+        x = net["ln_f"](x)
+        return F.linear(x, net["wte"].weight) if self.config.weight_tying else net["ff_out"](x)
+
+    @torch.no_grad()
+    def init_weights(self, generator):
+        """Random weights: normal(0, init_std), the two projections into the residual stream smaller by sqrt(2 layers)."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(1.0)
+            else:
+                into_residual = ".blocks." in name and name.endswith(("attn_out.weight", "ff_out.weight"))
+                std = self.config.init_std / ((2 * self.config.n_layers) ** 0.5 if into_residual else 1.0)
+                p.normal_(0.0, std, generator=generator)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
+        """Load a checkpoint folder or hub id: strict, safetensors only. Errors are one line and name file and tensor."""
+        folder = find_checkpoint(name)
+        with torch.device("meta"):
+            model = cls(Config.from_folder(folder))
+        expected = {key: tuple(p.shape) for key, p in model.named_parameters()}
+        loaded = {}
+        for path, names in weight_files(folder, expected).items():
+            with open_safetensors(path) as file:
+                for key in names:
+                    loaded[key] = read_tensor(file, key, path).to(device=device, dtype=dtype)
+        model.load_state_dict(loaded, strict=True, assign=True)
+        return model
+
+    def save_pretrained(self, folder, max_shard_bytes=MAX_SHARD_BYTES):
+        """Write config.json and safetensors as LLaDA does: one file, or shards and an index above `max_shard_bytes`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(isinstance(m, LoRALinear) for m in self.modules()):
+            raise ValueError("merge_lora(model) first, or save_lora(model, folder): a checkpoint holds plain weights")
+        (folder / "config.json").write_text(json.dumps(self.config.raw, indent=2) + "\n")
+        tensors = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+        shards = [[]]
+        for name in tensors:
+            if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > max_shard_bytes:
+                shards.append([])
+            shards[-1].append(name)
+        if len(shards) == 1:
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            return
+        weight_map = {}
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- files
+
+def find_checkpoint(name):
+    """A folder for `name`: itself if it is one, else the hub's snapshot of that id (downloaded once, then cached)."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+        raise FileNotFoundError(f"--model {name}: no such folder, and not a hub id like GSAI-ML/LLaDA-8B-Instruct")
+    from huggingface_hub import snapshot_download  # arrives with tokenizers; only needed for hub ids
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"--model {name}: neither a local folder nor reachable on the hub ({first}); on a "
+                                f"machine with network run: hf download {name}, then copy the folder here") from None
+
+
+def open_safetensors(path):
+    """safe_open with the two usual faults explained: a cut-off download and a Git-LFS pointer or renamed pickle."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        text = str(error)
+    hint = "not a safetensors file"
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        hint = "a Git-LFS pointer, not the weights: run git lfs pull"
+    elif head[:2] in (b"PK", b"\x80\x02"):
+        hint = "a renamed pickle, refused: convert it to safetensors"
+    elif "ncomplete" in text or "InvalidHeaderLength" in text or "TooSmall" in text:
+        hint = "truncated, an incomplete download? fetch it again"
+    raise ValueError(f"{path}: {hint} ({text})") from None
+
+
+def weight_files(folder, expected):
+    """{path: [tensor names]} for a checkpoint folder, after checking names and shapes of every tensor from the headers.
+
+    Follows weight_map: one block's tensors may lie in any shard. Raises FileNotFoundError / ValueError before any weight
+    is read: shards missing or truncated, paths leading out of the folder, tensors missing, unexpected or of wrong shape.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{index}: not a weight index, it needs a JSON object with weight_map") from None
+        for key, file in weight_map.items():
+            if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+                raise ValueError(f"{index}: weight_map[{key}] = {file!r} is not a plain .safetensors file name")
+    elif (folder / "model.safetensors").is_file():
+        with open_safetensors(folder / "model.safetensors") as file:
+            weight_map = dict.fromkeys(file.keys(), "model.safetensors")
+    else:
+        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+        raise FileNotFoundError(f"{folder}: no model.safetensors" + (
+            f"; {pickles[0]} is a pickle, which can run code and is refused: convert it to safetensors" if pickles else
+            " and no model.safetensors.index.json"))
+    report_names(folder, expected, weight_map)
+    files = {}
+    for key, file in weight_map.items():
+        files.setdefault(folder / file, []).append(key)
+    for path, names in files.items():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: named in the index but missing, an incomplete download?")
+        with open_safetensors(path) as file:
+            inside = set(file.keys())
+            for key in names:
+                if key not in inside:
+                    raise ValueError(f"{path}: the index says {key} is here, it is not")
+                shape = tuple(file.get_slice(key).get_shape())
+                if shape != expected[key]:
+                    raise ValueError(f"{path}: {key} has shape {shape}, the config asks for {expected[key]}")
+    return files
+
+
+def report_names(folder, expected, found):
+    """Raise ValueError naming the tensors that are missing or not part of the network."""
+    for wrong, words in ((expected.keys() - found, "missing"), (found - expected.keys(), "unexpected")):
+        if wrong:
+            names = sorted(wrong)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{folder}: {words} tensor {', '.join(names[:3])}{more}; is config.json of this checkpoint?")
+
+
+def read_tensor(file, key, path):
+    """One tensor; raises ValueError where it is not floating point or holds NaN or Inf."""
+    tensor = file.get_tensor(key)
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{path}: {key} has dtype {tensor.dtype}; only float64, float32, float16 and bfloat16 are read")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{path}: {key} holds NaN or Inf")
+    return tensor
+
+
+# ---------------------------------------------------------------- LoRA (arXiv:2106.09685), files and names as PEFT's
+
+class LoRALinear(nn.Linear):
+    """y = W x + (alpha / r) B A x with W frozen. A subclass, so that the weight keeps its name in the checkpoint."""
+
+    def __init__(self, base, r, alpha, generator):
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight = base.weight.requires_grad_(False)
+        self.scale, self.active = alpha / r, True
+        # float32 even over a bfloat16 base: steps of 3e-6 would vanish in eight bits of mantissa
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        bound = base.in_features ** -0.5  # kaiming_uniform(a=sqrt(5)), PEFT's initialisation; B = 0 starts at the base
+        a = torch.rand(r, base.in_features, generator=generator, dtype=torch.float32) * 2 * bound - bound
+        self.lora_A = nn.Parameter(a.to(base.weight.device, wide))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device, dtype=wide))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        if not self.active:
+            return y
+        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)
+        return y + (self.scale * F.linear(low, self.lora_B)).to(y.dtype)
+
+    def merged(self):
+        """W + scale B A, summed in float32 or wider and rounded once."""
+        wide = self.weight.to(self.lora_B.dtype) + self.scale * self.lora_B @ self.lora_A
+        return wide.to(self.weight.dtype)
+
+
+def lora_modules(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def add_lora(model, r, alpha, targets, generator):
+    """Freeze the model and put an adapter on every block matrix named in `targets`. Changes nothing until trained.
+
+    r, alpha: rank and scale (the update is alpha / r * B A); targets: names of LORA_TARGETS; generator: a CPU generator.
+    Raises ValueError for an unknown target or where adapters are on already.
+    """
+    unknown = set(targets) - set(LORA_TARGETS)
+    if unknown or not targets or r < 1:
+        raise ValueError(f"--lora_targets {' '.join(sorted(unknown))}: choose from {' '.join(LORA_TARGETS)}, rank >= 1")
+    if lora_modules(model):
+        raise ValueError("this model has adapters already: merge_lora(model) first")
+    model.requires_grad_(False)
+    for block in model.model["transformer"]["blocks"]:
+        for target in LORA_TARGETS:
+            if target in targets:
+                setattr(block, target, LoRALinear(getattr(block, target), r, alpha, generator))
+    return model
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Inside, the model is the frozen base: the reference policy of an RL run with LoRA."""
+    modules = lora_modules(model).values()
+    for m in modules:
+        m.active = False
+    try:
+        yield model
+    finally:
+        for m in modules:
+            m.active = True
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Fold the adapters into the weights and take them off. Raises ValueError if there are none (merged already?)."""
+    if not lora_modules(model):
+        raise ValueError("no adapters to merge: they were merged already, or never added")
+    for block in model.model["transformer"]["blocks"]:
+        for target in LORA_TARGETS:
+            layer = getattr(block, target)
+            if isinstance(layer, LoRALinear):
+                plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                plain.weight = nn.Parameter(layer.merged())
+                setattr(block, target, plain)
+    return model.requires_grad_(True)
+
+
+def save_lora(model, folder, base=""):
+    """Write adapter_model.safetensors and adapter_config.json under PEFT's names. `base`: where the base model lies."""
+    modules = lora_modules(model)
+    if not modules:
+        raise ValueError("no adapters to save")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = next(iter(modules.values()))
+    r = first.lora_A.shape[0]
+    targets = [t for t in LORA_TARGETS if any(name.endswith("." + t) for name in modules)]
+    # a pattern and not a list: the LM head is called ff_out too, and PEFT would adapt it
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": r, "lora_alpha": first.scale * r,
+              "target_modules": rf".*\.blocks\.\d+\.({'|'.join(targets)})", "lora_dropout": 0.0, "bias": "none",
+              "fan_in_fan_out": False, "inference_mode": True, "task_type": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {f"base_model.model.{name}.lora_{x}.weight": getattr(m, f"lora_{x}").detach().cpu().contiguous()
+               for name, m in modules.items() for x in "AB"}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_lora(model, folder):
+    """Put the adapter of `folder` (ours or PEFT's) on the model. Raises ValueError where it belongs to another base."""
+    folder = Path(folder)
+    path = folder / "adapter_config.json"
+    if not path.is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder}: expected adapter_config.json and adapter_model.safetensors")
+    config = json.loads(path.read_text())
+    with open_safetensors(folder / "adapter_model.safetensors") as file:
+        tensors = {k: read_tensor(file, k, folder / "adapter_model.safetensors") for k in file.keys()}
+    targets = sorted({key.split(".")[-3] for key in tensors})
+    add_lora(model, config["r"], config["lora_alpha"], targets, torch.Generator().manual_seed(0))
+    wanted = {f"base_model.model.{name}.lora_{x}.weight": getattr(m, f"lora_{x}")
+              for name, m in lora_modules(model).items() for x in "AB"}
+    report_names(folder, wanted, tensors)
+    for key, parameter in wanted.items():
+        if parameter.shape != tensors[key].shape:
+            raise ValueError(f"{folder}: {key} has shape {tuple(tensors[key].shape)}, this model needs "
+                             f"{tuple(parameter.shape)}: an adapter of another base?")
+        parameter.data.copy_(tensors[key])
+    return model
