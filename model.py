@@ -1,7 +1,8 @@
 """LLaDA in plain PyTorch: the transformer, LoRA, and weights in and out in the published layout.
 
-A LLaMA-style network with two differences: attention is bidirectional and logits[i] predict token i, not i + 1. Parameter
-names are those of the checkpoint (GSAI-ML/LLaDA-8B-Base, -Instruct, 1.5), so nothing is renamed on the way in or out.
+A LLaMA-style network with two differences: attention is bidirectional and logits[i] predict token i, not i + 1.
+Parameter names are those of the checkpoint (GSAI-ML/LLaDA-8B-Base, -Instruct, 1.5), so nothing is renamed on the way in
+or out.
 """
 import contextlib
 import json
@@ -60,7 +61,7 @@ class Config:
         full = dict(raw)
         full["n_kv_heads"] = raw.get("n_kv_heads") or raw.get("n_heads")
         full["embedding_size"] = raw.get("embedding_size") or raw.get("vocab_size")
-        full["mlp_hidden_size"] = raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 0) * raw.get("d_model", 0) or None
+        full["mlp_hidden_size"] = raw.get("mlp_hidden_size") or (raw.get("mlp_ratio") or 0) * (raw.get("d_model") or 0)
         full.setdefault("weight_tying", False)
         full.setdefault("init_std", 0.02)
         values = {}
@@ -119,7 +120,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(length, head_dim, theta, device):
-    """cos and sin of position * theta ** (-2i / head_dim), both halves alike: two float32 tensors (length, head_dim)."""
+    """cos and sin of position * theta ** (-2i / head_dim), both halves alike: two float32 (length, head_dim)."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse).repeat(1, 2)
     return angles.cos(), angles.sin()  # (T, D) each
@@ -201,7 +202,7 @@ class LLaDA(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator):
-        """Random weights: normal(0, init_std), the two projections into the residual stream smaller by sqrt(2 layers)."""
+        """Random weights: normal(0, init_std), the two projections into the residual smaller by sqrt(2 layers)."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1.0)
@@ -213,7 +214,7 @@ class LLaDA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
-        """Load a checkpoint folder or hub id: strict, safetensors only. Errors are one line and name file and tensor."""
+        """Load a checkpoint folder or hub id: strict, safetensors only. Errors: one line that names file and tensor."""
         folder = find_checkpoint(name)
         with torch.device("meta"):
             model = cls(Config.from_folder(folder))
@@ -242,6 +243,7 @@ class LLaDA(nn.Module):
             shards[-1].append(name)
         if len(shards) == 1:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # an older one would win when loading
             return
         weight_map = {}
         for number, names in enumerate(shards, 1):
@@ -284,7 +286,7 @@ def open_safetensors(path):
         hint = "a Git-LFS pointer, not the weights: run git lfs pull"
     elif head[:2] in (b"PK", b"\x80\x02"):
         hint = "a renamed pickle, refused: convert it to safetensors"
-    elif "ncomplete" in text or "InvalidHeaderLength" in text or "TooSmall" in text:
+    elif re.search("(?i)incomplete|invalid ?header ?length|header ?too ?small", text):
         hint = "truncated, an incomplete download? fetch it again"
     raise ValueError(f"{path}: {hint} ({text})") from None
 
@@ -292,13 +294,14 @@ def open_safetensors(path):
 def weight_files(folder, expected):
     """{path: [tensor names]} for a checkpoint folder, after checking names and shapes of every tensor from the headers.
 
-    Follows weight_map: one block's tensors may lie in any shard. Raises FileNotFoundError / ValueError before any weight
-    is read: shards missing or truncated, paths leading out of the folder, tensors missing, unexpected or of wrong shape.
+    Follows weight_map: one block's tensors may lie in any shard. Raises FileNotFoundError / ValueError before any
+    weight is read: shards missing or truncated, paths leading out of the folder, tensors missing, unexpected or of
+    wrong shape.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{index}: not a weight index, it needs a JSON object with weight_map") from None
         for key, file in weight_map.items():
@@ -336,14 +339,15 @@ def report_names(folder, expected, found):
         if wrong:
             names = sorted(wrong)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{folder}: {words} tensor {', '.join(names[:3])}{more}; is config.json of this checkpoint?")
+            raise ValueError(f"{folder}: {words} tensor {', '.join(names[:3])}{more}; is config.json of this "
+                             "checkpoint?")
 
 
 def read_tensor(file, key, path):
     """One tensor; raises ValueError where it is not floating point or holds NaN or Inf."""
     tensor = file.get_tensor(key)
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{path}: {key} has dtype {tensor.dtype}; only float64, float32, float16 and bfloat16 are read")
+        raise ValueError(f"{path}: {key} has dtype {tensor.dtype}; only float64, float32, float16, bfloat16 are read")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{path}: {key} holds NaN or Inf")
     return tensor
@@ -385,7 +389,7 @@ def lora_modules(model):
 def add_lora(model, r, alpha, targets, generator):
     """Freeze the model and put an adapter on every block matrix named in `targets`. Changes nothing until trained.
 
-    r, alpha: rank and scale (the update is alpha / r * B A); targets: names of LORA_TARGETS; generator: a CPU generator.
+    r, alpha: rank and scale (the update is alpha / r * B A); targets: names of LORA_TARGETS; generator: a CPU one.
     Raises ValueError for an unknown target or where adapters are on already.
     """
     unknown = set(targets) - set(LORA_TARGETS)
@@ -449,17 +453,31 @@ def save_lora(model, folder, base=""):
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def save_weights(model, folder, base=""):
+    """The adapter where the model has one, else the whole model: what a training run saves."""
+    save_lora(model, folder, base) if lora_modules(model) else model.save_pretrained(folder)
+
+
 def load_lora(model, folder):
     """Put the adapter of `folder` (ours or PEFT's) on the model. Raises ValueError where it belongs to another base."""
     folder = Path(folder)
     path = folder / "adapter_config.json"
     if not path.is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"{folder}: expected adapter_config.json and adapter_model.safetensors")
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+        kind, r, alpha = config["peft_type"], config["r"], config["lora_alpha"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: expected a JSON object with peft_type, r and lora_alpha") from None
+    other = [key for key in ("use_rslora", "use_dora", "alpha_pattern", "fan_in_fan_out") if config.get(key)]
+    if kind != "LORA" or other:
+        raise ValueError(f"{path}: {other[0] if other else f'peft_type {kind}'} is not supported, only plain LoRA")
     with open_safetensors(folder / "adapter_model.safetensors") as file:
         tensors = {k: read_tensor(file, k, folder / "adapter_model.safetensors") for k in file.keys()}
-    targets = sorted({key.split(".")[-3] for key in tensors})
-    add_lora(model, config["r"], config["lora_alpha"], targets, torch.Generator().manual_seed(0))
+    targets = [t for t in LORA_TARGETS if any(f".{t}.lora_" in key for key in tensors)]
+    if not targets:
+        raise ValueError(f"{folder}: no LoRA tensor of a LLaDA block in adapter_model.safetensors")
+    add_lora(model, r, alpha, targets, torch.Generator().manual_seed(0))
     wanted = {f"base_model.model.{name}.lora_{x}.weight": getattr(m, f"lora_{x}")
               for name, m in lora_modules(model).items() for x in "AB"}
     report_names(folder, wanted, tensors)

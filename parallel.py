@@ -1,7 +1,7 @@
 """What a run needs besides the algorithm: processes, the run's folder, checkpoints, a log readable without a terminal.
 
-One process or many run the same script: under torchrun every process takes its share of the prompts, gradients are summed
-(each loss is already a share of the whole batch) and numbers are gathered. Without torchrun all of it is a no-op.
+One process or many run the same script: under torchrun every process takes its share of the prompts, gradients are
+summed (each loss is already a share of the whole batch) and numbers are gathered. Without torchrun all this is a no-op.
 """
 import contextlib
 import json
@@ -75,7 +75,7 @@ def processes(device=None):
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA GPU here, use --device cpu")
+        raise SystemExit(f"error: --device {device}: no CUDA GPU here, use --device cpu")
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         device = f"cuda:{local}"
@@ -91,7 +91,7 @@ def processes(device=None):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Bad input ends the program with one line and exit code 1, not with a traceback. Wrap preparation, not training."""
+    """Bad input ends the program with one line and exit code 1, no traceback. Wrap preparation, not training."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -103,10 +103,32 @@ def pick_dtype(name, device):
     return getattr(torch, name or ("bfloat16" if torch.device(device).type == "cuda" else "float32"))
 
 
+def fill_defaults(args, table, config):
+    """Set the options that were not given, from `table`: {option: (paper, tiny)}. Returns a line that says so.
+
+    The second column is for models like the embedded one, where the values of an 8B model make no sense.
+    """
+    tiny = config.d_model < 1024
+    for name, values in table.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[tiny])
+    chosen = " ".join(f"{name}={getattr(args, name)}" for name in table)
+    return f"{'TINY' if tiny else 'PAPER'} column unless given: {chosen}"
+
+
 # ---------------------------------------------------------------- a run's folder
 
+def free_folder(path):
+    """`path`, or `path`-2, -3, ... where that holds something already."""
+    number, free = 1, Path(path)
+    while free.exists():
+        number += 1
+        free = Path(f"{path}-{number}")
+    return free
+
+
 class Run:
-    """A run's folder: config.json, metrics.jsonl, samples.jsonl, step_000120/, summary.json. Only the main process writes."""
+    """A run's folder: config.json, metrics.jsonl, samples.jsonl, step_000120/, summary.json. One process writes."""
 
     def __init__(self, out, options, procs):
         """Raises ValueError where `out` holds a run already or cannot be written."""
@@ -119,7 +141,7 @@ class Run:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        text = json.dumps({"options": options, "versions": versions, "processes": procs.world}, indent=2)
+        text = json.dumps({"options": options, "versions": versions, "processes": procs.world}, indent=2, default=str)
         (self.out / "config.json").write_text(text + "\n")
 
     def log(self, file, rows):
@@ -128,15 +150,16 @@ class Run:
             with open(self.out / file, "a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def save(self, step, write):
-        """Call write(folder) for step_<step>/, renamed into place when complete, so no half checkpoint has that name."""
+    def save(self, step, *writers):
+        """Make step_<step>/ and call each writer with it; renamed into place when complete, so never half there."""
         if not self.procs.is_main:
             return
         folder = self.out / f"step_{step:06d}"
         half = folder.with_suffix(".tmp")
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
-        write(half)
+        for write in writers:
+            write(half)
         half.rename(folder)
 
     def finish(self, summary):

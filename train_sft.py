@@ -1,26 +1,26 @@
-"""Masked supervised fine-tuning (d1, section 3.1; LLaDA, section 2.3): the first stage, and how the embedded model was made.
+"""Masked supervised fine-tuning (d1, section 3.1; LLaDA, section 2.3): stage one; it also made the embedded model.
 
     for each row: draw t ~ U(0, 1), replace every token of the completion by [MASK] with probability t, predict those
     tokens from the rest, weight the cross-entropy by 1 / t.
 
-The prompt is never masked. The completion ends in EOS padding, which is trained as well: that is how the model learns to
-stop. Rows come from a task's demonstrations (--task countdown sudoku) or a file (--data rows.jsonl with prompt, completion).
+The prompt is never masked. The completion ends in EOS padding, which is trained as well: that is how the model learns
+to stop. Rows come from tasks' demonstrations (--task countdown sudoku) or a file of prompt and completion (--data).
 """
 import argparse
+import math
 import time
 
 import torch
 
-from d1 import forward_process, generator, sft_loss
+from d1 import draw_indices, forward_process, generator, sft_loss
 from data import TASKS
 from data.format import read_rows
 from data.tokenizer import Tokenizer
-from model import LLaDA, Config, add_lora, find_checkpoint, save_lora
-from parallel import Run, one_line_errors, pick_dtype, processes, progress
+from model import LLaDA, Config, add_lora, find_checkpoint, save_weights
+from parallel import Run, fill_defaults, one_line_errors, pick_dtype, processes, progress
 
 MIN_T = 1e-3  # t = (1 - 1e-3) u + 1e-3, LLaDA's floor, bounds the weight 1 / t
-# option: (the paper's and the authors' value at 8B, the embedded model's)
-PAPER, TINY = 0, 1
+# option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
 DEFAULTS = {
     "steps": (2460, 1000), "batch_size": (8, 64), "lr": (1e-5, 2e-3), "warmup": (0, 100), "lora_r": (128, 0),
     "gen_length": (0, 32), "microbatch": (1, 64), "eval_every": (100, 250),
@@ -73,7 +73,8 @@ def encode_rows(examples, tokenizer, args, procs):
     """(ids, prompt length) of each row; rows without a target or above max_length are skipped, counted and reported."""
     rows, empty, long = [], 0, 0
     for example in examples:
-        prompt, completion = tokenizer.encode_prompt(example["prompt"]), tokenizer.encode_completion(example["completion"])
+        prompt = tokenizer.encode_prompt(example["prompt"])
+        completion = tokenizer.encode_completion(example["completion"])
         if not example["completion"].strip():
             empty += 1
         elif len(prompt) + len(completion) > args.max_length:
@@ -86,6 +87,10 @@ def encode_rows(examples, tokenizer, args, procs):
     if len(rows) < args.batch_size + 1:
         raise ValueError(f"{len(rows)} usable rows do not fill a batch of {args.batch_size} and a held-out row")
     return rows
+
+
+def batches(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def collate(rows, length, eos_id):
@@ -111,26 +116,43 @@ def noise(ids, answer, keys, mask_id, u=None):
     return torch.cat(noised), torch.cat(masked), torch.cat(t)
 
 
-def batch_loss(model, batch, args, scale):
-    """One forward pass; `scale` is this micro-batch's share of the batch."""
-    ids, noised, masked, t, answer = (x.to(args.device) for x in batch)
+def batch_loss(model, batch, per_sequence):
+    """The SFT loss of one forward pass over (ids, noised, masked, t, answer)."""
+    device = next(model.parameters()).device
+    ids, noised, masked, t, answer = (x.to(device) for x in batch)
     logits = model(noised, keep=masked)  # (M, V): the masked positions only
-    return sft_loss(logits, ids, masked, t, answer, per_sequence=args.loss == "llada") * scale
+    return sft_loss(logits, ids, masked, t, answer, per_sequence)
 
 
 @torch.no_grad()
 def held_out_loss(model, rows, tokenizer, args, procs, draws=4):
-    """The mean loss over held-out rows at fixed masks, t stratified: each row sees `draws` values spread over (0, 1)."""
-    total, n = 0.0, len(rows) * draws
-    jobs = [(i, d) for d in range(draws) for i in range(len(rows))][procs.rank::procs.world]
-    for start in range(0, len(jobs), args.microbatch):
-        part = jobs[start:start + args.microbatch]
-        chosen = [rows[i] for i, _ in part]
-        ids, answer = collate(chosen, max(len(r[0]) for r in chosen), tokenizer.eos_id)
+    """LLaDA's loss over held-out rows at fixed masks, t stratified: each row sees `draws` values over (0, 1)."""
+    total, length = 0.0, max(len(row) for row, _ in rows)
+    jobs = [(i, d) for d in range(draws) for i in range(len(rows))]
+    for part in batches(jobs[procs.rank::procs.world], args.microbatch):
+        ids, answer = collate([rows[i] for i, _ in part], length, tokenizer.eos_id)
         u = torch.tensor([((i + 0.5) / len(rows) + d) / draws for i, d in part])
-        noised, masked, t = noise(ids, answer, [(0, "held out", i, d) for i, d in part], tokenizer.mask_id, u)
-        total += float(batch_loss(model, (ids, noised, masked, t, answer), args, len(part) / n))
-    return procs.sum({"loss": total})["loss"]
+        noised, masked, t = noise(ids, answer, [("held out", i, d) for i, d in part], tokenizer.mask_id, u)
+        total += batch_loss(model, (ids, noised, masked, t, answer), per_sequence=True).item() * len(part)
+    return procs.sum({"loss": total})["loss"] / len(jobs)
+
+
+def draw_batch(rows, step, args, tokenizer, mine):
+    """This process's share of a step's rows, noised, in micro-batches, each with its share of the loss.
+
+    Yields (ids, noised, masked, t, answer), share.
+    """
+    chosen = [rows[i] for i in draw_indices(len(rows), step, args.batch_size, args.seed)]
+    ids, answer = collate(chosen, max(len(row) for row, _ in chosen), tokenizer.eos_id)  # alike on every process
+    for part in batches(list(mine), args.microbatch):
+        noised, masked, t = noise(ids[part], answer[part], [(args.seed, step, i) for i in part], tokenizer.mask_id)
+        share = answer[part].sum() / answer.sum() if args.loss == "d1" else len(part) / len(ids)
+        yield (ids[part], noised, masked, t, answer[part]), float(share)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, linear decay to zero."""
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * (1 - step / args.steps)
 
 
 def main(args):
@@ -138,79 +160,59 @@ def main(args):
         with one_line_errors():
             folder = find_checkpoint(args.model)
             config = Config.from_folder(folder)
-            column = TINY if config.d_model < 1024 else PAPER
-            for name, values in DEFAULTS.items():
-                if getattr(args, name) is None:
-                    setattr(args, name, values[column])
-            args.device, dtype = procs.device, pick_dtype(args.dtype, procs.device)
-            tokenizer = Tokenizer.from_folder(folder, config)
+            chosen = fill_defaults(args, DEFAULTS, config)
+            device, dtype = procs.device, pick_dtype(args.dtype, procs.device)
             mine = procs.share(args.batch_size, "--batch_size")
+            tokenizer = Tokenizer.from_folder(folder, config)
             rows = encode_rows(read_examples(args), tokenizer, args, procs)
             if args.from_scratch:
-                model = LLaDA(config).init_weights(generator(args.seed, "weights")).to(procs.device, dtype)
+                model = LLaDA(config).init_weights(generator(args.seed, "weights")).to(device, dtype)
             else:
-                model = LLaDA.from_pretrained(folder, procs.device, dtype)
+                model = LLaDA.from_pretrained(folder, device, dtype)
             if args.lora_r:
                 add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets, generator(args.seed, "lora"))
             name = "-".join(args.task or ["data"])
-            options = {**vars(args), "device": str(procs.device), "dtype": str(dtype)}
-            run = Run(args.out or f"runs/train_sft-{name}", options, procs)
+            run = Run(args.out or f"runs/train_sft-{name}", {**vars(args), "device": device, "dtype": dtype}, procs)
         order = torch.randperm(len(rows), generator=generator(args.seed, "held out")).tolist()
         held = [rows[i] for i in order[:min(256, max(1, len(rows) // 100))]]  # 1%, as the authors hold out
         rows = [rows[i] for i in order[len(held):]]
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-        procs.print(f"{sum(p.numel() for p in trainable):,} trainable parameters, {len(rows)} rows, {len(held)} held out, "
-                    f"{procs.world} x {procs.device} {dtype}, options from the {('paper', 'tiny')[column]} column: "
-                    + " ".join(f"{name}={getattr(args, name)}" for name in DEFAULTS))
-        before, start, epoch, queue = held_out_loss(model, held, tokenizer, args, procs), time.monotonic(), 0, []
-        latest = before
+        procs.print(f"masked SFT: {sum(p.numel() for p in trainable):,} trainable parameters, {len(rows)} rows, "
+                    f"{len(held)} held out, {procs.world} x {device} {dtype}\n{chosen}")
+        before = latest = held_out_loss(model, held, tokenizer, args, procs)
+        start = time.monotonic()
 
-        for step, show in progress(range(args.steps), procs, "sft", args.steps):
-            began = time.monotonic()
-            while len(queue) < args.batch_size:  # every row once per epoch, in an order drawn from (seed, epoch)
-                shuffled = torch.randperm(len(rows), generator=generator(args.seed, "order", epoch)).tolist()
-                queue, epoch = queue + shuffled, epoch + 1
-            batch, queue = queue[:args.batch_size], queue[args.batch_size:]
-            length = max(len(rows[i][0]) for i in batch)
-            lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * (1 - step / args.steps)
+        for step, show in progress(range(args.steps), procs, "sft"):
+            began, loss, tokens = time.monotonic(), 0.0, 0
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            ids, answer = collate([rows[i] for i in batch], length, tokenizer.eos_id)
-            answer_tokens, loss = int(answer.sum()), 0.0
-            for first in range(mine.start, mine.stop, args.microbatch):
-                part = slice(first, min(first + args.microbatch, mine.stop))
-                noised, masked, t = noise(ids[part], answer[part], [(args.seed, step, i) for i in range(part.start, part.stop)],
-                                          tokenizer.mask_id)
-                here = int(answer[part].sum()) / answer_tokens if args.loss == "d1" else len(ids[part]) / len(ids)
-                loss_part = batch_loss(model, (ids[part], noised, masked, t, answer[part]), args, here)
-                loss_part.backward()
-                loss += loss_part.item()
+                group["lr"] = learning_rate(step, args)
+            for batch, share in draw_batch(rows, step, args, tokenizer, mine):
+                part = batch_loss(model, batch, args.loss == "llada") * share
+                part.backward()
+                loss, tokens = loss + part.item(), tokens + batch[0].numel()
             procs.sum_gradients(trainable)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip))
+            if not math.isfinite(grad_norm):
+                raise SystemExit(f"error: gradient norm {grad_norm}, loss {loss} at step {step + 1}: stopped before it")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            loss = procs.sum({"loss": loss})["loss"]
 
-            row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm,
-                   "tokens_per_second": ids.numel() / (time.monotonic() - began)}
-            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            row = {"step": step + 1, **procs.sum({"loss": loss}), "lr": learning_rate(step, args),
+                   "grad_norm": grad_norm, "tokens_per_second": procs.world * tokens / (time.monotonic() - began)}
+            last = step + 1 == args.steps
+            if last or args.eval_every and (step + 1) % args.eval_every == 0:
                 latest = row["held_out_loss"] = held_out_loss(model, held, tokenizer, args, procs)
             run.log("metrics.jsonl", [row])
-            show(loss=f"{loss:.3f}", held_out=f"{latest:.3f}", tokens_s=f"{row['tokens_per_second']:.0f}")
-            if step + 1 == args.steps or args.save_every and (step + 1) % args.save_every == 0:
-                run.save(step + 1, lambda f: save(model, tokenizer, f, args))
-        run.finish({"task": name, "seed": args.seed, "held_out_loss_before": before, "held_out_loss_after": latest,
-                    "steps": args.steps, "minutes": (time.monotonic() - start) / 60, "device": str(procs.device)})
+            show(loss=f"{row['loss']:.3f}", held_out=f"{latest:.3f}", tokens_s=f"{row['tokens_per_second']:.0f}")
+            if last or args.save_every and (step + 1) % args.save_every == 0:
+                run.save(step + 1, lambda into: save_weights(model, into, args.model), tokenizer.save)
+
+        summary = {"task": name, "seed": args.seed, "held_out_loss_before": before, "held_out_loss_after": latest,
+                   "steps": args.steps, "minutes": (time.monotonic() - start) / 60, "device": str(device)}
+        run.finish(summary)
         procs.print(f"held-out loss {before:.3f} -> {latest:.3f}; the model is in {run.out}/step_{args.steps:06d}")
-
-
-def save(model, tokenizer, folder, args):
-    if args.lora_r:
-        save_lora(model, folder, base=args.model)
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save(folder)
+        return summary
 
 
 if __name__ == "__main__":

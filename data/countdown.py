@@ -11,6 +11,7 @@ from data.format import DEFAULT_COUNTS, FORMAT, closed_answer, is_formatted, rea
 
 LARGEST = 20  # generated problems use three numbers from 1 to this and a target up to MAX_TARGET
 MAX_TARGET = 99
+NUMBERS, TARGET = re.compile(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*"), re.compile(r" *-?[0-9]{1,9} *")  # of a file's row
 QUESTION = ("Make an arithmetic expression that equals the target. Use each number exactly once, with + - * / and "
             "parentheses. Put only the expression inside the answer tags.")
 # Shares of the behaviours that the embedded model's demonstrations mix, as the web would (see data/tiny/README.md).
@@ -26,9 +27,9 @@ def load(split, data=None, count=None, seed=0):
 
     split: "train" for RL; "test", held out; "worked" and "mixed", demonstrations for SFT, all worked or a mixture of
     BEHAVIOURS. "test" draws from a part of the problem space that the others never see (`is_held_out`); a longer list
-    begins with the shorter one. data: a file in the published format, JSONL rows {"input": "30,100,93", "output": "23"},
-    instead of generated problems; count: how many, by default all of the file or DEFAULT_COUNTS. Raises ValueError naming
-    file and row.
+    begins with the shorter one. data: a file in the published format, JSONL rows {"input": "30,100,93", "output":
+    "23"}, instead of generated problems; count: how many, by default all of the file or DEFAULT_COUNTS. Raises
+    ValueError naming file and row.
     """
     if data is not None:
         return read_problems(data)[:count]
@@ -56,35 +57,33 @@ def is_held_out(numbers, target):
 def read_problems(path):
     examples = []
     for row in read_rows(path, ("input", "output")):
-        try:
-            numbers, target = [int(x) for x in str(row["input"]).split(",")], int(str(row["output"]))
-        except ValueError:
-            raise ValueError(f"--data {path}, row {row['row']}: input must be integers like '3,7,12' and output one "
-                             f"integer, found {row['input']!r}, {row['output']!r}") from None
+        given, output = str(row["input"]), str(row["output"])
+        if not NUMBERS.fullmatch(given) or not TARGET.fullmatch(output):
+            raise ValueError(f"--data {path}, row {row['row']}: input must be whole numbers like '3,7,12' and output "
+                             f"one integer, each of at most 9 digits, found {row['input']!r}, {row['output']!r}")
+        numbers, target = [int(n) for n in given.split(",")], int(output)
         if not 2 <= len(numbers) <= 6:
             raise ValueError(f"--data {path}, row {row['row']}: {len(numbers)} numbers, expected 2 to 6")
-        if not is_reachable(tuple(sorted(numbers)), target):
+        if target not in values(tuple(numbers)):
             raise ValueError(f"--data {path}, row {row['row']}: {target} cannot be reached from {numbers}")
         examples.append({"prompt": write_prompt(numbers, target), "numbers": numbers, "target": target})
     return examples
 
 
-@functools.lru_cache(maxsize=100_000)
-def reachable(values):
-    """All values (Fractions) that + - * / make of the sorted tuple `values`, each number used once."""
-    if len(values) == 1:
-        return frozenset(values)
-    found = set()
-    for i, j in itertools.permutations(range(len(values)), 2):
-        a, b = values[i], values[j]
-        rest = [v for k, v in enumerate(values) if k not in (i, j)]
-        for result in [a - b] + [a + b, a * b] * (i < j) + ([a / b] if b else []):
-            found |= reachable(tuple(sorted(rest + [result])))
-    return frozenset(found)
+def values(numbers):
+    """Yield every value (Fraction) that + - * / make of the tuple `numbers`, each used once, some more than once."""
+    if len(numbers) == 1:
+        yield Fraction(numbers[0])
+    for chosen in range(2 ** (len(numbers) - 1) - 1):  # all ways to part the numbers in two, the first on the left
+        left = numbers[:1] + tuple(n for i, n in enumerate(numbers[1:]) if chosen >> i & 1)
+        right = tuple(n for i, n in enumerate(numbers[1:]) if not chosen >> i & 1)
+        for a, b in itertools.product(distinct_values(left), distinct_values(right)):
+            yield from (a + b, a - b, b - a, a * b, *([a / b] if b else []), *([b / a] if a else []))
 
 
-def is_reachable(numbers, target):
-    return Fraction(target) in reachable(tuple(Fraction(n) for n in numbers))
+@functools.lru_cache(maxsize=64)  # the parts of one row of six numbers
+def distinct_values(numbers):
+    return frozenset(values(numbers))
 
 
 # ---------------------------------------------------------------- demonstrations
@@ -151,8 +150,8 @@ def demonstrate(behaviour, numbers, target, rng):
 def safe_value(text):
     """The exact value (Fraction) of an arithmetic expression and its list of numbers, or None.
 
-    Total and bounded for any text: a whitelist of characters, at most 200 of them, then a walk over the syntax tree that
-    knows integer constants, + - * / and signs and nothing else; so no powers, no floor division, no names, no calls.
+    Total and bounded for any text: a whitelist of characters, at most 200 of them, then a walk over the syntax tree
+    that knows integer constants, + - * / and signs and nothing else: no powers, no floor division, no names, no calls.
     """
     if len(text) > 200 or not re.fullmatch(r"[0-9+\-*/() ]+", text) or "**" in text or "//" in text:
         return None

@@ -1,5 +1,6 @@
-"""The answer format that every task shares, in prompts, demonstrations, rewards and scores alike; and reading of files."""
+"""The answer format shared by all tasks, in prompts, demonstrations, rewards and scores alike; and reading of files."""
 import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -21,12 +22,13 @@ def write_completion(reasoning, answer):
 def closed_answer(text):
     """The text inside the last closed <answer>...</answer>, stripped, or None where no answer was closed.
 
-    Of several closed answers the last counts; of nested ones the innermost; an unclosed one after it is ignored.
+    Of several closed answers the last counts; of nested ones the innermost; an unclosed one after it is ignored, and so
+    is a closing tag without an opening one.
     """
     text = text[-MAX_TEXT:]
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    return text[start + len("<answer>"):end].strip() if start >= 0 else None
+    last_end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, last_end) if last_end >= 0 else -1
+    return text[start + len("<answer>"):text.find("</answer>", start)].strip() if start >= 0 else None
 
 
 def is_formatted(text):
@@ -37,18 +39,25 @@ def is_formatted(text):
 def read_rows(path, columns):
     """Rows of a JSONL, JSON (list) or CSV file as dicts holding at least `columns`, each with its "row" number from 1.
 
-    Strings stay strings, so leading zeros survive. Raises FileNotFoundError or ValueError naming file, row and column.
+    The row is the line (the last one of a CSV row that spans several), or the place in a JSON list. Strings stay
+    strings, so leading zeros survive. Raises FileNotFoundError or ValueError naming file, row and column.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: no such file")
-    text = path.read_text(encoding="utf-8-sig")  # tolerates the BOM that spreadsheets write; splitlines tolerates CRLF
-    if path.suffix == ".csv":
-        numbered = list(enumerate(csv.DictReader(text.splitlines()), 2))  # line 1 is the header
-    elif path.suffix == ".json":
-        numbered = list(enumerate(parse_json(text, path, 1), 1))
-    else:
-        numbered = [(n, parse_json(line, path, n)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # tolerates the BOM that spreadsheets write, and CRLF
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data {path}: not UTF-8 text ({error})") from None
+    if path.suffix.lower() == ".csv":
+        numbered = parse_csv(text, path)
+    elif path.suffix.lower() == ".json":
+        rows = parse_json(text, path, 1)
+        if not isinstance(rows, list):
+            raise ValueError(f"--data {path}: not a list of rows; one row per line is .jsonl")
+        numbered = list(enumerate(rows, 1))
+    else:  # split at newlines only: JSON strings may hold the other line ends that splitlines knows
+        numbered = [(n, parse_json(line, path, n)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not numbered:
         raise ValueError(f"--data {path}: the file holds no rows")
     for n, row in numbered:
@@ -58,8 +67,16 @@ def read_rows(path, columns):
     return [{**row, "row": n} for n, row in numbered]
 
 
+def parse_csv(text, path):
+    reader = csv.DictReader(io.StringIO(text))
+    try:
+        return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"--data {path}, row {reader.line_num + 1}: not CSV ({error})") from None
+
+
 def parse_json(text, path, row):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--data {path}, row {row}: not JSON ({error})") from None

@@ -8,9 +8,9 @@ import re
 from data.format import DEFAULT_COUNTS, FORMAT, closed_answer, is_formatted, read_rows, write_completion
 
 EMPTY_CELLS = 8  # as in the published test file
-QUESTION = ("Solve this four by four Sudoku, given row by row with zero for an empty cell. Every row, column and two by "
-            "two box must hold each digit from one to four once. Put only the sixteen digits of the solution inside the "
-            "answer tags.")
+QUESTION = ("Solve this four by four Sudoku, given row by row with zero for an empty cell. Every row, column and two "
+            "by two box must hold each digit from one to four once. Put only the sixteen digits of the solution inside "
+            "the answer tags.")
 BEHAVIOURS = {"worked": 0.30, "hasty": 0.45, "untagged": 0.25}  # see data/countdown.py
 ROWS = [range(4 * r, 4 * r + 4) for r in range(4)]
 COLUMNS = [range(c, 16, 4) for c in range(4)]
@@ -53,7 +53,7 @@ def is_held_out(puzzle):
 
 def is_solution(grid):
     """Whether 16 digits satisfy the rules."""
-    return all(len({grid[i] for i in cells}) == 4 for cells in (*ROWS, *COLUMNS, *BOXES)) and set(grid) <= set("1234")
+    return all(len({grid[i] for i in cells}) == 4 for cells in (*COLUMNS, *BOXES, *ROWS)) and set(grid) <= set("1234")
 
 
 @functools.lru_cache(maxsize=1)

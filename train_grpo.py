@@ -1,0 +1,292 @@
+"""diffu-GRPO (d1, section 3.2, algorithm 1): policy-gradient RL for masked diffusion language models.
+
+It is GRPO but for four things:
+1. completions come from the diffusion sampler (sample.py), not from left-to-right decoding;
+2. log pi(o | q) is the one-step estimate: one forward pass, the completion all [MASK], each prompt token [MASK] with
+   probability p_mask_prompt; each of the mu updates per rollout has a fresh prompt mask, which lets mu be large;
+3. the advantage is reward - mean of the group, not divided by the standard deviation;
+4. all G completions of a prompt share its masks, so that one row scores them all (d1.one_step_logps).
+
+    torchrun train_grpo.py --task countdown                  the embedded model, minutes on two CPU cores
+"""
+import argparse
+import contextlib
+import copy
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from d1 import completion_mask, diffu_grpo_loss, draw_indices, generator, group_advantages, one_step_logps
+from data import TASKS
+from data.tokenizer import Tokenizer
+from model import Config, LLaDA, adapters_off, add_lora, find_checkpoint, save_weights
+from parallel import Run, fill_defaults, one_line_errors, pick_dtype, processes, progress
+from sample import SAMPLING, add_sampling_options, check_schedule, complete, evaluate, pad_left
+
+# option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
+DEFAULTS = {
+    **SAMPLING, "steps": (625, 40), "prompts_per_step": (16, 16), "group_size": (6, 8), "num_iterations": (8, 4),
+    "lr": (3e-6, 1e-4), "lora_r": (128, 0), "microbatch": (1, 16), "eval_every": (50, 20), "eval_count": (256, 512),
+}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--task", choices=sorted(TASKS), required=True)
+    p.add_argument("--data", help="train on the problems of this file instead of generated ones")
+    p.add_argument("--model", default="data/tiny", help="checkpoint folder or hub id")
+    p.add_argument("--out", help="the run's folder, default runs/train_grpo-<task>")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=int, help="rollouts, each with num_iterations updates; d1: 5000 updates here")
+    p.add_argument("--prompts_per_step", type=int, help="prompts per rollout over all processes; d1: 16")
+    p.add_argument("--group_size", type=int, help="G, completions per prompt; d1 code: 6")
+    p.add_argument("--num_iterations", type=int, help="mu, updates per rollout; d1 code: 8 here, 12 on GSM8K and MATH")
+    p.add_argument("--masks_per_prompt", type=int, default=1, help="K, prompt masks per update; d1 algorithm 1: 1")
+    p.add_argument("--p_mask_prompt", type=float, default=0.15, help="d1: 0.15")
+    p.add_argument("--epsilon", type=float, default=0.5, help="clip range of the ratio; d1 code: 0.5")
+    p.add_argument("--beta", type=float, default=0.04, help="weight of the KL term, 0 drops it; d1 code: 0.04")
+    p.add_argument("--lr", type=float, help="constant; d1 code: 3e-6")
+    p.add_argument("--weight_decay", type=float, default=0.1, help="d1: 0.1")
+    p.add_argument("--grad_clip", type=float, default=0.2, help="d1: 0.2")
+    add_sampling_options(p)
+    p.add_argument("--temperature", type=float, default=0.9, help="of the rollouts; d1 code: 0.9")
+    p.add_argument("--microbatch", type=int, help="prompts per forward and backward pass")
+    p.add_argument("--lora_r", type=int, help="d1: 128; 0 trains all weights")
+    p.add_argument("--lora_alpha", type=float, default=64, help="d1: 64")
+    p.add_argument("--lora_targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "up_proj"],
+                   help="d1 code, in effect: q k v up")
+    p.add_argument("--eval_every", type=int, help="steps between evaluations on held-out problems")
+    p.add_argument("--eval_count", type=int, help="held-out problems per evaluation; 0: none")
+    p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints, 0: only the last")
+    p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    return p.parse_args(argv)
+
+
+def check_options(args, config):
+    """Raises ValueError naming the option and its valid values."""
+    check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
+    for name in ("steps", "prompts_per_step", "num_iterations", "masks_per_prompt", "microbatch", "rollout_batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, found {getattr(args, name)}")
+    if args.group_size < 2:
+        raise ValueError(f"--group_size {args.group_size}: a group of one has no advantage, use at least 2")
+    if not 0 <= args.p_mask_prompt <= 1:
+        raise ValueError(f"--p_mask_prompt {args.p_mask_prompt} must lie in [0, 1]")
+
+
+def read_prompts(args, config, tokenizer, procs):
+    """Training examples with their token ids under "ids"; prompts too long are dropped, counted and reported."""
+    examples = TASKS[args.task].load("train", data=args.data, seed=args.seed)
+    for example in examples:
+        example["ids"] = tokenizer.encode_prompt(example["prompt"])
+    fitting = [e for e in examples if len(e["ids"]) + args.gen_length <= config.max_sequence_length]
+    if len(fitting) < len(examples):
+        procs.print(f"skipped {len(examples) - len(fitting)} of {len(examples)} prompts: with {args.gen_length} "
+                    f"completion tokens they exceed max_sequence_length {config.max_sequence_length}")
+    if len(fitting) < args.prompts_per_step:
+        raise ValueError(f"{len(fitting)} usable prompts are fewer than --prompts_per_step {args.prompts_per_step}")
+    return fitting
+
+
+def draw_prompt_masks(lengths, width, step, mine, args):
+    """(N, mu, K, P) bool: the prompt tokens that each update's masks hide. Drawn per prompt, padding left alone.
+
+    lengths: of this process's prompts; width: P; mine: their numbers within the step, over all processes.
+    """
+    masks = torch.zeros(len(lengths), args.num_iterations, args.masks_per_prompt, width, dtype=torch.bool)
+    for row, (length, index) in enumerate(zip(lengths, mine)):
+        draws = torch.rand(*masks.shape[1:3], length, generator=generator(args.seed, "prompt mask", step, index))
+        masks[row, ..., width - length:] = draws < args.p_mask_prompt
+    return masks
+
+
+def grade(task, examples, texts):
+    """Rewards of every text, dicts {part: value}, and its scores. A reward that is no finite number is an error."""
+    parts, scores = [], []
+    for example, text in zip(examples, texts):
+        part = task.reward(text, example)
+        numbers = list(part.values()) if isinstance(part, dict) else [None]
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) for v in numbers):
+            raise ValueError(f"{task.__name__}.reward returned {part!r} for {text[:80]!r}, "
+                             "expected a dict of finite numbers")
+        parts.append(part)
+        scores.append(task.score(text, example))
+    return parts, scores
+
+
+@dataclass
+class Rollout:
+    """What a step's updates need: this process's N prompts, G completions of each, log-probs before the updates."""
+    prompt: torch.Tensor  # (N, P)
+    attn_mask: torch.Tensor | None  # (N, P), False at padding
+    prompt_masked: torch.Tensor  # (N, mu, K, P)
+    completions: torch.Tensor  # (N, G, L)
+    mask: torch.Tensor  # (N, G, L), True for tokens that count
+    advantages: torch.Tensor  # (N, G)
+    token_count: int  # counted tokens over all processes
+    old: list = None  # mu times (N, K, G, L)
+    ref: list = None  # likewise, or mu times None
+
+
+def log_probs(policy, rollout, update, part, mask_id):
+    """(n, K, G, L): one-step log-probs of a slice of the prompts under the masks of one update."""
+    attn_mask = None if rollout.attn_mask is None else rollout.attn_mask[part]
+    return one_step_logps(policy, rollout.prompt[part], rollout.prompt_masked[part, update], rollout.completions[part],
+                          mask_id, attn_mask)
+
+
+def add_up(rows):
+    """One dict of a list of dicts: sums, but for names that begin with max_."""
+    return {name: (max if name.startswith("max_") else sum)(row[name] for row in rows) for name in rows[0]}
+
+
+def update_policy(model, optimizer, rollout, update, slices, args, procs, mask_id):
+    """One clipped update under its own prompt masks. Returns what is logged of it, over all processes."""
+    rows, trainable = [], optimizer.param_groups[0]["params"]
+    for part in slices:
+        ref = rollout.ref[update]
+        loss, stats = diffu_grpo_loss(
+            log_probs(model, rollout, update, part, mask_id), rollout.old[update][part],
+            None if ref is None else ref[part], rollout.advantages[part], rollout.mask[part], args.epsilon, args.beta,
+            rollout.token_count)
+        loss.backward()
+        rows.append({"loss": loss.item(), **{name: float(value) for name, value in stats.items()}})
+    procs.sum_gradients(trainable)
+    row = add_up(procs.gather([add_up(rows)]))
+    row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip))
+    if not math.isfinite(row["grad_norm"]):
+        raise SystemExit(f"error: not finite at update {update + 1} of this step, stopped before it: {row}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return row
+
+
+def mean_of(rows, procs):
+    """{name: mean} of a list of dicts over all processes."""
+    rows = procs.gather(rows)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def reference_policy(model, args):
+    """A context giving the initial policy: adapters off, or a frozen copy when all weights are trained."""
+    if args.lora_r:
+        return lambda: adapters_off(model)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    return lambda: contextlib.nullcontext(frozen)
+
+
+def held_out_metrics(model, tokenizer, task, examples, args, procs, words):
+    """Held-out metrics at the rollout temperature and greedy, on the same problems and noise every time."""
+    found = {}
+    for name, temperature in (("sampled", args.temperature), ("greedy", 0.0)) if examples else ():
+        sampling = {option: getattr(args, option) for option in SAMPLING}
+        metrics, _ = evaluate(model, tokenizer, task, examples, procs, args.seed, f"{words}, {name}",
+                              temperature=temperature, **sampling)
+        found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
+    if found:
+        procs.print(f"{words}: accuracy {found['sampled_accuracy']:.1%} at temperature {args.temperature}, "
+                    f"{found['greedy_accuracy']:.1%} greedy, on {len(examples)} held-out problems")
+    return found
+
+
+def main(args):
+    with processes(args.device) as procs:
+        with one_line_errors():
+            folder = find_checkpoint(args.model)
+            config = Config.from_folder(folder)
+            chosen = fill_defaults(args, DEFAULTS, config)
+            check_options(args, config)
+            device, dtype, task = procs.device, pick_dtype(args.dtype, procs.device), TASKS[args.task]
+            mine = procs.share(args.prompts_per_step, "--prompts_per_step")  # which prompts of a step are ours
+            tokenizer = Tokenizer.from_folder(folder, config)
+            examples = read_prompts(args, config, tokenizer, procs)
+            held_out = task.load("test", count=args.eval_count) if args.eval_count else []
+            model = LLaDA.from_pretrained(folder, device, dtype).eval()  # no dropout anywhere: the first ratio is 1
+            if args.lora_r:
+                add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets, generator(args.seed, "lora"))
+            options = {**vars(args), "device": device, "dtype": dtype}
+            run = Run(args.out or f"runs/train_grpo-{args.task}", options, procs)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+        reference = reference_policy(model, args) if args.beta else None
+        sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature")}
+        G, mu, mask_id, start = args.group_size, args.num_iterations, tokenizer.mask_id, time.monotonic()
+        procs.print(f"diffu-GRPO on {args.task}: {sum(p.numel() for p in trainable):,} trainable parameters, "
+                    f"{len(examples)} prompts, {procs.world} x {device} {dtype}\n{chosen}")
+        before = after = held_out_metrics(model, tokenizer, task, held_out, args, procs, "before")
+
+        for step, show in progress(range(args.steps), procs, args.task):
+            # roll out G completions of each prompt of this process's share
+            clock = [time.monotonic()]
+            drawn = draw_indices(len(examples), step, args.prompts_per_step, args.seed)
+            batch = [examples[drawn[i]] for i in mine]
+            repeated = [example for example in batch for _ in range(G)]
+            done = complete(model, tokenizer, [e["ids"] for e in repeated],
+                            keys=[(args.seed, "rollout", step, i, g) for i in mine for g in range(G)], **sampling)
+            completions = done.ids.view(len(batch), G, -1)  # (N, G, L)
+            mask = completion_mask(completions, tokenizer.eos_id)  # (N, G, L)
+            clock.append(time.monotonic())
+
+            # reward, advantages, K x mu prompt masks
+            parts, scores = grade(task, repeated, done.texts)
+            rewards = torch.tensor([sum(p.values()) for p in parts], device=device).view(len(batch), G)
+            prompt, attn_mask = pad_left([e["ids"] for e in batch], tokenizer.eos_id, device)  # (N, P)
+            prompt_masked = draw_prompt_masks([len(e["ids"]) for e in batch], prompt.shape[1], step, mine, args)
+            rollout = Rollout(prompt, attn_mask, prompt_masked.to(device), completions, mask, group_advantages(rewards),
+                              procs.sum({"tokens": int(mask.sum())})["tokens"])
+
+            # old and reference log-probs under each of the masks
+            slices = [slice(i, i + args.microbatch) for i in range(0, len(batch), args.microbatch)]
+            with torch.no_grad():
+                rollout.old = [torch.cat([log_probs(model, rollout, m, s, mask_id) for s in slices]) for m in range(mu)]
+                rollout.ref = [None] * mu
+                if reference:
+                    with reference() as policy:
+                        rollout.ref = [torch.cat([log_probs(policy, rollout, m, s, mask_id) for s in slices])
+                                       for m in range(mu)]
+            clock.append(time.monotonic())
+
+            # mu updates
+            updates = [update_policy(model, optimizer, rollout, m, slices, args, procs, mask_id) for m in range(mu)]
+            clock.append(time.monotonic())
+
+            # log and save
+            seconds = dict(zip(("rollout", "logps", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+            row = {"step": step + 1,
+                   **mean_of([{"reward": sum(part.values()), "accuracy": score["accuracy"], "completion_length": length,
+                               **{f"reward_{name}": value for name, value in part.items()}}
+                              for part, score, length in zip(parts, scores, done.lengths.tolist())], procs),
+                   **mean_of([{"zero_spread_fraction": float(spread == 0)} for spread in rewards.std(-1)], procs),
+                   **{name: value / (1 if name.startswith("max_") else mu) for name, value in add_up(updates).items()},
+                   "lr": args.lr, "seconds": seconds,
+                   "tokens_per_second": procs.world * done.ids.numel() / seconds["rollout"]}
+            last = step + 1 == args.steps
+            if last or args.eval_every and (step + 1) % args.eval_every == 0:
+                after = held_out_metrics(model, tokenizer, task, held_out, args, procs, f"step {step + 1}")
+                row |= {f"held_out_{name}": value for name, value in after.items()}
+            run.log("metrics.jsonl", [row])
+            run.log("samples.jsonl", [{"step": step + 1, "prompt": batch[0]["prompt"], "completion": text,
+                                       "reward": part} for text, part in zip(done.texts[:G], parts)])
+            show(reward=f"{row['reward']:.3f}", accuracy=f"{row['accuracy']:.1%}", kl=f"{row.get('kl', 0):.3f}",
+                 tokens_s=f"{row['tokens_per_second']:.0f}")
+            if last or args.save_every and (step + 1) % args.save_every == 0:
+                run.save(step + 1, lambda into: save_weights(model, into, args.model), tokenizer.save)
+
+        found = {f"{ours}_{when}": metrics.get(f"{theirs}_accuracy")
+                 for ours, theirs in (("accuracy", "sampled"), ("greedy", "greedy"))
+                 for when, metrics in (("before", before), ("after", after))}
+        summary = {"task": args.task, "seed": args.seed, **found, "steps": args.steps,
+                   "minutes": (time.monotonic() - start) / 60, "device": str(device), "before": before, "after": after}
+        run.finish(summary)
+        if held_out:
+            procs.print("held-out accuracy {accuracy_before:.1%} -> {accuracy_after:.1%} at the rollout temperature, "
+                        "{greedy_before:.1%} -> {greedy_after:.1%} greedy, in {minutes:.1f} minutes".format(**summary))
+        procs.print(f"the model is in {run.out}/step_{args.steps:06d}, the log in {run.out}/metrics.jsonl")
+        return summary
+
+
+if __name__ == "__main__":
+    main(parse_args())
