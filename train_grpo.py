@@ -259,7 +259,8 @@ def main(args):
                    **mean_of([{"reward": sum(part.values()), "accuracy": score["accuracy"], "completion_length": length,
                                **{f"reward_{name}": value for name, value in part.items()}}
                               for part, score, length in zip(parts, scores, done.lengths.tolist())], procs),
-                   **mean_of([{"zero_spread_fraction": float(spread == 0)} for spread in rewards.std(-1)], procs),
+                   **mean_of([{"zero_spread_fraction": float(min(group) == max(group))} for group in rewards.tolist()],
+                             procs),
                    **{name: value / (1 if name.startswith("max_") else mu) for name, value in add_up(updates).items()},
                    "lr": args.lr, "seconds": seconds,
                    "tokens_per_second": procs.world * done.ids.numel() / seconds["rollout"]}

@@ -60,7 +60,11 @@ def parse_args(argv=None):
 def read_examples(args):
     """Dicts with prompt and completion, from --data or the tasks' demonstrations, interleaved."""
     if args.data:
-        return read_rows(args.data, ("prompt", "completion"))
+        rows = read_rows(args.data, ("prompt", "completion"))
+        for row in rows:
+            if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
+                raise ValueError(f"--data {args.data}, row {row['row']}: prompt and completion must be text")
+        return rows
     if not args.task:
         raise ValueError("--task or --data is needed: what should be trained?")
     each = [TASKS[task].load(args.split, count=args.count // len(args.task), seed=args.seed) for task in args.task]

@@ -7,15 +7,16 @@ import random
 import re
 from fractions import Fraction
 
-from data.format import DEFAULT_COUNTS, FORMAT, closed_answer, is_formatted, read_rows, write_completion
+from data.format import FORMAT, closed_answer, default_count, is_formatted, read_rows, write_completion
 
 LARGEST = 20  # generated problems use three numbers from 1 to this and a target up to MAX_TARGET
 MAX_TARGET = 99
+ADDITIVE = 0.75  # share of generated problems that sums and differences alone can solve: a small model can learn those
 NUMBERS, TARGET = re.compile(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*"), re.compile(r" *-?[0-9]{1,9} *")  # of a file's row
 QUESTION = ("Make an arithmetic expression that equals the target. Use each number exactly once, with + - * / and "
             "parentheses. Put only the expression inside the answer tags.")
 # Shares of the behaviours that the embedded model's demonstrations mix, as the web would (see data/tiny/README.md).
-BEHAVIOURS = {"worked": 0.30, "hasty": 0.45, "untagged": 0.25}
+BEHAVIOURS = {"worked": 0.20, "hasty": 0.45, "untagged": 0.35}
 
 
 def write_prompt(numbers, target):
@@ -28,19 +29,24 @@ def load(split, data=None, count=None, seed=0):
     split: "train" for RL; "test", held out; "worked" and "mixed", demonstrations for SFT, all worked or a mixture of
     BEHAVIOURS. "test" draws from a part of the problem space that the others never see (`is_held_out`); a longer list
     begins with the shorter one. data: a file in the published format, JSONL rows {"input": "30,100,93", "output":
-    "23"}, instead of generated problems; count: how many, by default all of the file or DEFAULT_COUNTS. Raises
+    "23"}, instead of generated problems; count: how many, by default all of the file or format.COUNTS. Raises
     ValueError naming file and row.
     """
     if data is not None:
         return read_problems(data)[:count]
-    count = count or DEFAULT_COUNTS[split]
+    count = default_count(split) if count is None else count
     rng = random.Random(f"countdown-{'test' if split == 'test' else 'train'}-{seed}")
-    examples, seen = [], set()
+    examples, seen, misses = [], set(), 0
     while len(examples) < count:
+        misses += 1
+        if misses > 300_000:
+            raise ValueError(f"--count {count}: only {len(examples)} {split} problems have numbers up to {LARGEST}")
         numbers = tuple(rng.randint(1, LARGEST) for _ in range(3))
-        target = rng.choice(sorted(solutions(tuple(sorted(numbers)))))
+        found, additive = solutions(tuple(sorted(numbers))), rng.random() < ADDITIVE
+        target = rng.choice([t for t in sorted(found) if is_additive(found[t]) or not additive])
         if is_held_out(numbers, target) != (split == "test") or (split == "test" and (numbers, target) in seen):
             continue
+        misses = 0
         seen.add((numbers, target))
         examples.append({"prompt": write_prompt(numbers, target), "numbers": list(numbers), "target": target})
         if split in ("worked", "mixed"):
@@ -116,6 +122,10 @@ def solutions(numbers):
     return {target: steps for target, (_, steps) in found.items()}
 
 
+def is_additive(steps):
+    return all(operator in "+-" for operator, *_ in steps)
+
+
 def expression(first, second):
     """The two steps as one expression; parentheses around the first only where precedence needs them."""
     inner = f"{first[1]} {first[0]} {first[2]}"
@@ -128,8 +138,7 @@ def expression(first, second):
 def work(first, second, target):
     """Try, compute, compare with the target."""
     lines = [f"{left} {op} {right} = {value}" for op, left, right, value in (first, second)]
-    verdict = f"{second[3]} is {'' if second[3] == target else 'not '}{target}"
-    return "\n".join([*lines, verdict])
+    return "\n".join([*lines, f"{second[3]} is {target}"])
 
 
 def demonstrate(behaviour, numbers, target, rng):
@@ -153,7 +162,7 @@ def safe_value(text):
     Total and bounded for any text: a whitelist of characters, at most 200 of them, then a walk over the syntax tree
     that knows integer constants, + - * / and signs and nothing else: no powers, no floor division, no names, no calls.
     """
-    if len(text) > 200 or not re.fullmatch(r"[0-9+\-*/() ]+", text) or "**" in text or "//" in text:
+    if len(text) > 200 or not re.fullmatch(r"[0-9+\-*/() ]+", text):
         return None
     numbers = []
 

@@ -7,11 +7,18 @@ from pathlib import Path
 
 FORMAT = ("Think first, then answer, with each tag on a line of its own:\n"
           "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
-# Possessive-free and linear: no two parts of the pattern can match the same text in two ways.
+# Linear: no two parts of the pattern can match the same text in two ways.
 STRICT = re.compile(r"<reasoning>\n(?:(?!</?reasoning>|</?answer>).)*\n</reasoning>\n"
                     r"<answer>\n(?:(?!</?reasoning>|</?answer>).)*\n</answer>\s*", re.DOTALL)
-DEFAULT_COUNTS = {"train": 4096, "test": 512, "worked": 100_000, "mixed": 100_000}  # of generated examples, by split
+COUNTS = {"train": 4096, "test": 512, "worked": 100_000, "mixed": 100_000}  # generated examples, unless told otherwise
 MAX_TEXT = 20_000  # characters: longer than any completion; a longer text is cut before it is parsed
+
+
+def default_count(split):
+    """How many examples a split has where they are generated. Raises ValueError for a split that does not exist."""
+    if split not in COUNTS:
+        raise ValueError(f"--split {split}: choose from {', '.join(COUNTS)}")
+    return COUNTS[split]
 
 
 def write_completion(reasoning, answer):

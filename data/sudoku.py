@@ -5,13 +5,13 @@ import itertools
 import random
 import re
 
-from data.format import DEFAULT_COUNTS, FORMAT, closed_answer, is_formatted, read_rows, write_completion
+from data.format import FORMAT, closed_answer, default_count, is_formatted, read_rows, write_completion
 
 EMPTY_CELLS = 8  # as in the published test file
 QUESTION = ("Solve this four by four Sudoku, given row by row with zero for an empty cell. Every row, column and two "
             "by two box must hold each digit from one to four once. Put only the sixteen digits of the solution inside "
             "the answer tags.")
-BEHAVIOURS = {"worked": 0.30, "hasty": 0.45, "untagged": 0.25}  # see data/countdown.py
+BEHAVIOURS = {"worked": 0.20, "hasty": 0.45, "untagged": 0.35}  # see data/countdown.py
 ROWS = [range(4 * r, 4 * r + 4) for r in range(4)]
 COLUMNS = [range(c, 16, 4) for c in range(4)]
 BOXES = [[8 * r + 2 * c + k for k in (0, 1, 4, 5)] for r in (0, 1) for c in (0, 1)]
@@ -29,7 +29,7 @@ def load(split, data=None, count=None, seed=0):
     """
     if data is not None:
         return read_puzzles(data)[:count]
-    count = count or DEFAULT_COUNTS[split]
+    count = default_count(split) if count is None else count
     rng = random.Random(f"sudoku-{'test' if split == 'test' else 'train'}-{seed}")
     examples, seen = [], set()
     while len(examples) < count:

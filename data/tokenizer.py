@@ -36,7 +36,8 @@ class Tokenizer:
         if config is not None:
             largest = max(backend.get_vocab().values())
             if largest >= config.embedding_size:
-                raise ValueError(f"{path}: token id {largest} lies outside the embedding of {config.embedding_size} rows")
+                raise ValueError(f"{path}: token id {largest} lies outside the embedding of "
+                                 f"{config.embedding_size} rows")
             for ours, theirs, name in ((tokenizer.mask_id, config.mask_token_id, MASK),
                                        (tokenizer.eos_id, config.eos_token_id, EOS)):
                 if ours != theirs:
@@ -98,13 +99,17 @@ def train_bpe(texts, vocab_size):
 
 
 def main(folder):
-    """Train the embedded model's tokenizer on the prompts and demonstrations of the tasks that generate them."""
+    """Train a tokenizer like the embedded model's on the prompts and demonstrations of the tasks that generate them."""
     from data import countdown, sudoku
+    if (Path(folder) / "tokenizer.json").exists():
+        raise SystemExit(f"error: {folder}/tokenizer.json exists; other ids would make its model useless, "
+                         "name a new folder")
     texts = ["\n\n", "user", "assistant", "system"] * 50
     for task in (countdown, sudoku):
         for example in task.load("mixed", count=20_000):
             texts += ["\n\n" + example["prompt"], example["completion"]]
     tokenizer = train_bpe(texts, vocab_size=2048)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     ids = {token: tokenizer.ids[token] for token in CONTROL}
     print(f"{folder}/tokenizer.json: {tokenizer.backend.get_vocab_size()} tokens, {ids}")

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, golden
 
 from data import TASKS, countdown, sudoku
-from data.countdown import BEHAVIOURS, demonstrate, expression, is_held_out, safe_value, solutions, values
+from data.countdown import demonstrate, expression, is_held_out, safe_value, solutions, values
 from data.format import MAX_TEXT, closed_answer, is_formatted, read_rows, write_completion
 from data.tokenizer import BOS, CONTROL, EOS, EOT, HEADER, MASK, Tokenizer, train_bpe
 from model import Config
@@ -54,7 +54,7 @@ def seconds(call, *args):
 
 
 @functools.cache
-def examples(task, split, count=1000, seed=0):
+def examples(task, split, count=500, seed=0):
     return TASKS[task].load(split, count=count, seed=seed)
 
 
@@ -169,8 +169,8 @@ def test_base_tokenizer_has_no_chat(tmp_path):
 
 
 def test_train_bpe_and_save(tmp_path):
-    made = train_bpe(["Numbers: 13, 7\nTarget: 345 ", "20 - 13 = 7 "] * 30, vocab_size=275)
-    assert made.backend.get_vocab_size() == 275 and len(made.encode("13")) == 1 < len(made.encode("345"))
+    made = train_bpe(["Numbers: 13, 7\nTarget: 345 ", "20 - 13 = 7 345"] * 30, vocab_size=282)
+    assert made.backend.get_vocab_size() == 282 and len(made.encode("13")) == 1 < len(made.encode("345"))
     assert made.decode(made.encode("é 👍 13")) == "é 👍 13"
     made.save(tmp_path)
     assert Tokenizer.from_folder(tmp_path).encode("Numbers: é 13") == made.encode("Numbers: é 13")
@@ -182,18 +182,20 @@ def test_train_bpe_and_save(tmp_path):
 @pytest.mark.parametrize("split", SPLITS)
 def test_load_is_seeded_and_longer_begins_with_shorter(task, split):
     long = examples(task, split)
-    assert len(long) == 1000 and TASKS[task].load(split, count=60) == long[:60]
+    assert len(long) == 500 and TASKS[task].load(split, count=60) == long[:60]
     assert examples(task, split, 60, seed=1) != long[:60]
     assert all(("completion" in e) == (split in ("worked", "mixed")) for e in long)
 
 
-# The embedded model was trained on these texts, word for word.
+# The embedded model was trained on what load() drew: the same seed must give the same texts, word for word.
 @pytest.mark.parametrize("task, split, digest", [
     ("countdown", "mixed", "d355e354e6aa"), ("countdown", "train", "4af3d2e5fa30"),
     ("countdown", "test", "bc92141d1b5e"),
     ("sudoku", "mixed", "149f3d4e70cd"), ("sudoku", "train", "df4d7f156992"), ("sudoku", "test", "d0b16e036e58")])
-def test_examples_are_frozen(task, split, digest):
-    text = json.dumps(examples(task, split)[:300], sort_keys=True)
+def test_examples_are_frozen(monkeypatch, task, split, digest):
+    monkeypatch.setattr(countdown, "LARGEST", 20)
+    monkeypatch.setattr(TASKS[task], "BEHAVIOURS", {"worked": 0.30, "hasty": 0.45, "untagged": 0.25})
+    text = json.dumps(TASKS[task].load(split, count=300), sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest
 
 
@@ -241,21 +243,27 @@ def all_values(numbers):
 def test_countdown_problems_are_reachable(split):
     for example in examples("countdown", split):
         numbers, target = example["numbers"], example["target"]
-        assert len(numbers) == 3 and all(1 <= n <= 20 for n in numbers) and 1 <= target <= 99
+        assert len(numbers) == 3 and all(1 <= n <= countdown.LARGEST for n in numbers)
+        assert 1 <= target <= countdown.MAX_TARGET
         assert target in all_values(numbers)
         assert example["prompt"].endswith(f"Numbers: {numbers[0]}, {numbers[1]}, {numbers[2]}\nTarget: {target}")
 
 
 def test_countdown_splits_never_overlap():
     def problems(split, seed):
-        return {(tuple(sorted(e["numbers"])), e["target"]) for e in examples("countdown", split, 1000, seed)}
+        return {(tuple(sorted(e["numbers"])), e["target"]) for e in examples("countdown", split, 500, seed)}
     seen = set().union(*(problems(split, seed) for split in ("train", "worked", "mixed") for seed in (0, 1)))
     held_out = problems("test", 0) | problems("test", 1)
-    assert not seen & held_out and len(held_out) > 500
+    assert not seen & held_out and len(held_out) > 200
     assert all(is_held_out(order, t) for n, t in held_out for order in itertools.permutations(n))
     assert not any(is_held_out(order, t) for n, t in seen for order in itertools.permutations(n))
     test = examples("countdown", "test")
     assert len({(*e["numbers"], e["target"]) for e in test}) == len(test)
+
+
+def test_countdown_says_when_its_problems_run_out(monkeypatch):
+    monkeypatch.setattr(countdown, "LARGEST", 3)
+    fails(lambda: countdown.load("test", count=1000), "--count 1000", "test problems")
 
 
 def test_values_of_any_numbers():
@@ -602,7 +610,7 @@ def test_sudoku_puzzles_have_one_solution(split):
 def test_sudoku_splits_never_overlap():
     held_out = {e["puzzle"] for e in examples("sudoku", "test")}
     seen = {e["puzzle"] for split in ("train", "worked", "mixed") for e in examples("sudoku", split)}
-    assert not seen & held_out and len(held_out) == 1000
+    assert not seen & held_out and len(held_out) == 500
     assert all(map(sudoku.is_held_out, held_out)) and not any(map(sudoku.is_held_out, seen))
 
 
@@ -633,7 +641,8 @@ def test_sudoku_bad_row_is_named(tmp_path, row, words):
 @pytest.mark.parametrize("given, cells, accuracy", [
     (SOLUTION, 1, 1), (" ".join(SOLUTION), 1, 1), ("3142\n2431\r\n4213\t\n1324", 1, 1), (f"\u3000{SOLUTION}\n", 1, 1),
     (SOLUTION[:2] + "1" + SOLUTION[3:], 7 / 8, 0), ("1" * 16, 2 / 8, 0), ("4" * 16, 4 / 8, 0),
-    ("1" + SOLUTION[1:], 1, 0),  # a clue changed: the published metric looks at empty cells only, the rules do not
+    # clues changed, in the second to a grid that keeps the rules: the published metric looks at empty cells only
+    ("1" + SOLUTION[1:], 1, 0), ("1234341221434321", 2 / 8, 0),
     (SOLUTION[:-1], 0, 0), (SOLUTION + "1", 0, 0), ("0" + SOLUTION[1:], 0, 0), (PUZZLE, 0, 0), ("", 0, 0), ("  ", 0, 0),
     ("３" + SOLUTION[1:], 0, 0), ("\u3000".join(SOLUTION), 0, 0), ("|".join(SOLUTION), 0, 0), (f"so {SOLUTION}", 0, 0),
     (" " * 300 + SOLUTION, 1, 1), (SOLUTION[:8] + " " * 300 + SOLUTION[8:], 0, 0)])
