@@ -8,6 +8,7 @@ Everything else is the clipped policy gradient: `group_advantages`, `kl_k3`, `di
 Shapes: B rows, N prompts, G completions of each, K prompt masks of each, P prompt and L completion tokens, T = P + L,
 V vocabulary. Randomness is an argument everywhere: pass a generator made by `generator(seed, step, index)`.
 """
+import functools
 import hashlib
 
 import torch
@@ -31,13 +32,13 @@ def draw_indices(size, step, count, seed):
 
     The order of an epoch is drawn from (seed, epoch), so no state is kept between steps.
     """
-    indices, order = [], None
-    for position in range(step * count, (step + 1) * count):
-        epoch, offset = divmod(position, size)
-        if order is None or offset == 0:
-            order = torch.randperm(size, generator=generator(seed, "order", epoch)).tolist()
-        indices.append(order[offset])
-    return indices
+    positions = (divmod(position, size) for position in range(step * count, (step + 1) * count))
+    return [epoch_order(size, seed, epoch)[offset] for epoch, offset in positions]
+
+
+@functools.lru_cache(maxsize=4)  # one draw serves the many steps of an epoch
+def epoch_order(size, seed, epoch):
+    return torch.randperm(size, generator=generator(seed, "order", epoch)).tolist()
 
 
 # ---------------------------------------------------------------- masked SFT

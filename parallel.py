@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 
@@ -46,12 +47,16 @@ class Processes:
         return dict(zip(values, total.tolist()))
 
     def gather(self, items):
-        """The lists of all processes as one, in the order of the processes."""
+        """The lists (of JSON values) of all processes as one, in the order of the processes."""
         if self.world == 1:
             return items
-        parts = [None] * self.world
-        dist.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
+        mine = torch.tensor(list(json.dumps(items).encode()), dtype=torch.uint8, device=self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(mine)], device=self.device))
+        longest = int(max(sizes))
+        parts = [mine.new_empty(longest) for _ in sizes]
+        dist.all_gather(parts, F.pad(mine, (0, longest - len(mine))))
+        return [item for part, size in zip(parts, sizes) for item in json.loads(bytes(part[:int(size)].tolist()))]
 
     def sum_gradients(self, parameters):
         """Add up .grad over all processes, as one flat tensor. A parameter without gradient counts as zero."""

@@ -271,6 +271,8 @@ def main(args):
             config = Config.from_folder(folder)
             fill_defaults(args, SAMPLING, config)
             check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
+            if args.temperature < 0 or args.rollout_batch < 1:
+                raise ValueError("--temperature must not be negative and --rollout_batch must be at least 1")
             dtype = pick_dtype(args.dtype, procs.device)
             tokenizer = Tokenizer.from_folder(folder, config)
             if args.prompt is None and args.task is None:
@@ -278,6 +280,8 @@ def main(args):
             sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature", "cfg_scale", "remasking")}
             if args.task:
                 examples = TASKS[args.task].load(args.split, data=args.data, count=args.count)
+                if not examples:
+                    raise ValueError("no problems to evaluate: --count must be at least 1")
             model = LLaDA.from_pretrained(folder, procs.device, dtype).eval()
             if args.prompt is None and not args.watch:
                 options = {**vars(args), "device": procs.device, "dtype": dtype}

@@ -73,6 +73,8 @@ def check_options(args, config):
             raise ValueError(f"--{name} must be at least 1, found {getattr(args, name)}")
     if args.group_size < 2:
         raise ValueError(f"--group_size {args.group_size}: a group of one has no advantage, use at least 2")
+    if args.temperature <= 0:
+        raise ValueError(f"--temperature {args.temperature}: greedy completions of a prompt are all equal, use e.g. 0.9")
     if not 0 <= args.p_mask_prompt <= 1:
         raise ValueError(f"--p_mask_prompt {args.p_mask_prompt} must lie in [0, 1]")
 
@@ -192,6 +194,14 @@ def held_out_metrics(model, tokenizer, task, examples, args, procs, words):
     return found
 
 
+def summarise(args, device, before, after, minutes):
+    """What summary.json says: accuracy at the rollout temperature, greedy beside it, then every held-out metric."""
+    return {"task": args.task, "seed": args.seed,
+            "accuracy_before": before.get("sampled_accuracy"), "accuracy_after": after.get("sampled_accuracy"),
+            "greedy_before": before.get("greedy_accuracy"), "greedy_after": after.get("greedy_accuracy"),
+            "steps": args.steps, "minutes": minutes, "device": str(device), "before": before, "after": after}
+
+
 def main(args):
     with processes(args.device) as procs:
         with one_line_errors():
@@ -276,11 +286,7 @@ def main(args):
             if last or args.save_every and (step + 1) % args.save_every == 0:
                 run.save(step + 1, lambda into: save_weights(model, into, args.model), tokenizer.save)
 
-        found = {f"{ours}_{when}": metrics.get(f"{theirs}_accuracy")
-                 for ours, theirs in (("accuracy", "sampled"), ("greedy", "greedy"))
-                 for when, metrics in (("before", before), ("after", after))}
-        summary = {"task": args.task, "seed": args.seed, **found, "steps": args.steps,
-                   "minutes": (time.monotonic() - start) / 60, "device": str(device), "before": before, "after": after}
+        summary = summarise(args, device, before, after, minutes=(time.monotonic() - start) / 60)
         run.finish(summary)
         if held_out:
             procs.print("held-out accuracy {accuracy_before:.1%} -> {accuracy_after:.1%} at the rollout temperature, "

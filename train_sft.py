@@ -76,6 +76,7 @@ def read_examples(args):
 def encode_rows(examples, tokenizer, args, procs):
     """(ids, prompt length) of each row; rows without a target or above max_length are skipped, counted and reported."""
     rows, empty, long = [], 0, 0
+    procs.print(f"encoding {len(examples)} rows")
     for example in examples:
         prompt = tokenizer.encode_prompt(example["prompt"])
         completion = tokenizer.encode_completion(example["completion"])

@@ -216,6 +216,8 @@ def test_the_canvas_is_redrawn_in_place_on_a_terminal(tiny):
     (["--task", "countdown", "--data", "nofile.jsonl"], "--data nofile.jsonl: no such file"),
     (["--prompt", "x", "--device", "cuda"], "no CUDA GPU"),
     (["--prompt", "x", "--block_length", "7"], "--block_length 7 does not divide"),
+    (["--prompt", "x", "--temperature", "-1"], "--temperature must not be negative"),
+    (["--task", "countdown", "--count", "0"], "--count must be at least 1"),
 ])
 def test_bad_input_is_one_line(words, message):
     if "cuda" in words and torch.cuda.is_available():
