@@ -189,13 +189,11 @@ def test_load_is_seeded_and_longer_begins_with_shorter(task, split):
 
 # The embedded model was trained on what load() drew: the same seed must give the same texts, word for word.
 @pytest.mark.parametrize("task, split, digest", [
-    ("countdown", "mixed", "d355e354e6aa"), ("countdown", "train", "4af3d2e5fa30"),
-    ("countdown", "test", "bc92141d1b5e"),
-    ("sudoku", "mixed", "149f3d4e70cd"), ("sudoku", "train", "df4d7f156992"), ("sudoku", "test", "d0b16e036e58")])
-def test_examples_are_frozen(monkeypatch, task, split, digest):
-    monkeypatch.setattr(countdown, "LARGEST", 20)
-    monkeypatch.setattr(TASKS[task], "BEHAVIOURS", {"worked": 0.30, "hasty": 0.45, "untagged": 0.25})
-    text = json.dumps(TASKS[task].load(split, count=300), sort_keys=True)
+    ("countdown", "mixed", "348a12d50cb0"), ("countdown", "train", "3d827df6e6e8"),
+    ("countdown", "test", "b2c281b4c1ea"),
+    ("sudoku", "mixed", "c12b20d775a4"), ("sudoku", "train", "df4d7f156992"), ("sudoku", "test", "d0b16e036e58")])
+def test_examples_are_frozen(task, split, digest):
+    text = json.dumps(examples(task, split)[:300], sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest
 
 
