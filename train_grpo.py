@@ -74,7 +74,7 @@ def check_options(args, config):
     if args.group_size < 2:
         raise ValueError(f"--group_size {args.group_size}: a group of one has no advantage, use at least 2")
     if args.temperature <= 0:
-        raise ValueError(f"--temperature {args.temperature}: greedy completions of a prompt are all equal, use e.g. 0.9")
+        raise ValueError(f"--temperature {args.temperature} gives equal completions of a prompt: use e.g. 0.9")
     if not 0 <= args.p_mask_prompt <= 1:
         raise ValueError(f"--p_mask_prompt {args.p_mask_prompt} must lie in [0, 1]")
 

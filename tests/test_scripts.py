@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path, monkeyp
     (["--gen_length", 30], "--block_length 8 does not divide --gen_length 30"),
     (["--p_mask_prompt", 1.5], "--p_mask_prompt 1.5 must lie in"),
     (["--steps", 0], "--steps must be at least 1"),
-    (["--temperature", 0], "greedy completions of a prompt are all equal"),
+    (["--temperature", 0], "gives equal completions of a prompt"),
     (["--model", "nowhere"], "--model nowhere: no such folder"),
     (["--gen_length", 504, "--diffusion_steps", 63], "0 usable prompts are fewer than --prompts_per_step"),
     (["--data", "absent.jsonl"], "--data absent.jsonl: no such file"),
