@@ -27,8 +27,8 @@ from sample import SAMPLING, add_sampling_options, check_schedule, complete, eva
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
 DEFAULTS = {
-    **SAMPLING, "steps": (625, 40), "prompts_per_step": (16, 16), "group_size": (6, 8), "num_iterations": (8, 4),
-    "lr": (3e-6, 1e-4), "lora_r": (128, 0), "microbatch": (1, 16), "eval_every": (50, 20), "eval_count": (256, 512),
+    **SAMPLING, "steps": (625, 20), "prompts_per_step": (16, 16), "group_size": (6, 6), "num_iterations": (8, 4),
+    "lr": (3e-6, 5e-5), "lora_r": (128, 0), "microbatch": (1, 16), "eval_every": (50, 10), "eval_count": (256, 256),
 }
 
 
