@@ -458,6 +458,15 @@ def save_weights(model, folder, base=""):
     save_lora(model, folder, base) if lora_modules(model) else model.save_pretrained(folder)
 
 
+def load_weights(model, folder):
+    """The counterpart of `save_weights`: into a model that has the same form, adapters included."""
+    if lora_modules(model):
+        return read_adapter(model, folder)
+    some = next(model.parameters())
+    model.load_state_dict(LLaDA.from_pretrained(folder, some.device, some.dtype).state_dict())
+    return model
+
+
 def load_lora(model, folder):
     """Put the adapter of `folder` (ours or PEFT's) on the model. Raises ValueError where it belongs to another base."""
     folder = Path(folder)
@@ -473,11 +482,19 @@ def load_lora(model, folder):
     if kind != "LORA" or other:
         raise ValueError(f"{path}: {other[0] if other else f'peft_type {kind}'} is not supported, only plain LoRA")
     with open_safetensors(folder / "adapter_model.safetensors") as file:
-        tensors = {k: read_tensor(file, k, folder / "adapter_model.safetensors") for k in file.keys()}
-    targets = [t for t in LORA_TARGETS if any(f".{t}.lora_" in key for key in tensors)]
+        names = list(file.keys())
+    targets = [t for t in LORA_TARGETS if any(f".{t}.lora_" in name for name in names)]
     if not targets:
         raise ValueError(f"{folder}: no LoRA tensor of a LLaDA block in adapter_model.safetensors")
     add_lora(model, r, alpha, targets, torch.Generator().manual_seed(0))
+    return read_adapter(model, folder)
+
+
+def read_adapter(model, folder):
+    """Copy adapter_model.safetensors into the adapters of the model, which must be the same ones."""
+    path = Path(folder) / "adapter_model.safetensors"
+    with open_safetensors(path) as file:
+        tensors = {key: read_tensor(file, key, path) for key in file.keys()}
     wanted = {f"base_model.model.{name}.lora_{x}.weight": getattr(m, f"lora_{x}")
               for name, m in lora_modules(model).items() for x in "AB"}
     report_names(folder, wanted, tensors)

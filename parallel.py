@@ -4,18 +4,25 @@ One process or many run the same script: under torchrun every process takes its 
 summed (each loss is already a share of the whole batch) and numbers are gathered. Without torchrun all this is a no-op.
 """
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+
+LOST = re.compile("timed? ?out|timeout|connection (closed|reset|refused)|gloo|nccl", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -75,20 +82,28 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(device=None):
-    """Join the job that torchrun started, or be alone. device: cuda, mps, cpu, or None for the best one present."""
+def processes(device=None, timeout=600):
+    """Join the job that torchrun started, or be alone.
+
+    device: cuda, cpu, or None for the best one present; timeout: seconds that one process waits for another.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"error: --device {device}: no CUDA GPU here, use --device cpu")
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(seconds=timeout))
     try:
-        yield Processes(int(os.environ.get("RANK", 0)), world, torch.device(device))
+        yield Processes(rank, world, torch.device(device))
+    except RuntimeError as error:
+        if world == 1 or not LOST.search(str(error)):
+            raise
+        raise SystemExit(f"error: rank {rank}: another process failed, or did not arrive within --timeout {timeout:g} "
+                         f"s ({str(error).splitlines()[0]})") from None
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -133,21 +148,74 @@ def free_folder(path):
 
 
 class Run:
-    """A run's folder: config.json, metrics.jsonl, samples.jsonl, step_000120/, summary.json. One process writes."""
+    """A run's folder: config.json, metrics.jsonl, samples.jsonl, step_000120/, summary.json. One process writes.
 
-    def __init__(self, out, options, procs):
-        """Raises ValueError where `out` holds a run already or cannot be written."""
+    A checkpoint is a model folder (weights or adapter, tokenizer) with optimizer.safetensors, state.json and, written
+    last, complete.json with the size and SHA-256 of every file: what lacks it or disagrees with it is never resumed.
+    """
+
+    def __init__(self, out, options, procs, resume=False, fixed=()):
+        """Open `out`; self.checkpoint is the newest whole checkpoint to go on from, or None at a start.
+
+        fixed: options that a resumed run may not change. Raises ValueError where `out` holds a run and resume is False,
+        where a fixed option differs, or where `out` cannot be written.
+        """
         self.out, self.procs = Path(out), procs
-        if (self.out / "config.json").exists():
-            raise ValueError(f"--out {out} holds a run already: name another folder or remove this one")
-        if procs.world > 1:
-            dist.barrier()  # everyone has looked before the main process writes
-        if not procs.is_main:
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        text = json.dumps({"options": options, "versions": versions, "processes": procs.world}, indent=2, default=str)
-        (self.out / "config.json").write_text(text + "\n")
+        options = json.loads(json.dumps(options, default=str))
+        old = self.out / "config.json"
+        taken = any(procs.gather([old.exists()]))  # everyone has looked before the main process writes
+        if taken and not resume:
+            raise ValueError(f"--out {out} holds a run already: go on with --resume, or name another folder")
+        if taken:
+            self.compare(json.loads(old.read_text())["options"], options, fixed)
+        newest = None
+        if procs.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.out / ".lock")
+            newest = self.newest_checkpoint()
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+            write_json(old, {"options": options, "versions": versions, "processes": procs.world})
+        found = procs.gather([newest and newest.name])[0]  # one process looks, all go on from the same
+        self.checkpoint = self.out / found if found else None
+
+    def compare(self, before, now, fixed):
+        """Refuse a change of a fixed option, list every other."""
+        changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
+        changed.pop("resume", None)
+        for name in fixed:
+            if name in changed:
+                raise ValueError(f"--{name} was {changed[name][0]!r} in {self.out} and is {changed[name][1]!r}: a "
+                                 "resumed run cannot change it, name another --out")
+        for name, (old, new) in changed.items():
+            self.procs.print(f"resumed with another --{name}: {old!r} -> {new!r}")
+
+    def newest_checkpoint(self):
+        for folder in sorted(self.out.glob("step_*[0-9]"), reverse=True):
+            fault = checkpoint_fault(folder)
+            if fault is None:
+                return folder
+            self.procs.print(f"skipped {folder}: {fault}")
+        return None
+
+    def restore(self, model, optimizer, load_weights, state):
+        """Go on from the checkpoint if there is one: weights, optimizer, and the saved `state`, which is returned.
+
+        Log lines behind it are dropped, a torn last one too: the run writes them again.
+        """
+        if self.checkpoint:
+            load_weights(model, self.checkpoint)
+            load_optimizer(model, optimizer, self.checkpoint / "optimizer.safetensors")
+            state = json.loads((self.checkpoint / "state.json").read_text())
+            self.procs.print(f"resumed from {self.checkpoint}")
+        logged = state["step"] - bool(state["unlogged"])
+        for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl") if self.procs.is_main else ():
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= logged]
+                half = path.with_suffix(".tmp")
+                half.write_text("".join(kept), encoding="utf-8")
+                half.replace(path)
+        return state
 
     def log(self, file, rows):
         """Append dicts to `file` as JSON lines."""
@@ -155,32 +223,179 @@ class Run:
             with open(self.out / file, "a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def save(self, step, *writers):
-        """Make step_<step>/ and call each writer with it; renamed into place when complete, so never half there."""
-        if not self.procs.is_main:
-            return
-        folder = self.out / f"step_{step:06d}"
-        half = folder.with_suffix(".tmp")
-        shutil.rmtree(half, ignore_errors=True)
-        half.mkdir(parents=True)
-        for write in writers:
-            write(half)
-        half.rename(folder)
+    def save(self, state, tensors, *writers, keep=2):
+        """Write the checkpoint step_<state["step"]>/: state, a dict of JSON values; tensors; what each writer adds.
+
+        Made aside, flushed to the disk, renamed, marked; then all but the newest `keep` are removed.
+        """
+        folder = self.out / f"step_{state['step']:06d}"
+        if self.procs.is_main and not (folder.exists() and checkpoint_fault(folder) is None):
+            half = folder.with_suffix(".tmp")
+            for old in (folder, half):
+                shutil.rmtree(old, ignore_errors=True)
+            half.mkdir(parents=True)
+            for write in writers:
+                write(half)
+            save_file(tensors, half / "optimizer.safetensors")
+            write_json(half / "state.json", state)
+            umask = os.umask(0)
+            os.umask(umask)
+            for path in half.iterdir():  # safetensors makes files for the owner alone
+                path.chmod(0o666 & ~umask)
+            marks = {path.name: fingerprint(path) for path in sorted(half.iterdir())}
+            half.rename(folder)
+            flush(self.out)
+            write_json(folder / "complete.json", marks)
+            whole = [f for f in sorted(self.out.glob("step_*[0-9]")) if (f / "complete.json").exists()]
+            for old in whole[:-keep]:
+                shutil.rmtree(old)
+        if self.procs.world > 1:
+            dist.barrier()  # nobody goes on, or leaves, before it is on the disk
+
+    @contextlib.contextmanager
+    def resumable(self, save):
+        """Inside, a run that is asked to stop saves a checkpoint, says how to go on, and exits with code STOPPED."""
+        try:
+            yield
+        except Stopped:
+            save()
+            self.procs.print(f"stopped; the same command with --resume goes on from {self.newest_checkpoint()}")
+            raise SystemExit(STOPPED) from None
+        finally:
+            if self.procs.is_main:
+                self.lock.close()
 
     def finish(self, summary):
         if self.procs.is_main:
-            (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            write_json(self.out / "summary.json", summary)
 
 
-def progress(items, procs, describe, total=None):
+def lock(path):
+    """Hold `path` until this process ends, however it ends. Raises ValueError where another process holds it.
+
+    A killed torchrun leaves its workers running for a while: they must not write beside the run that resumes.
+    """
+    file = open(path, "w")
+    if os.name == "posix":
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {path.parent}: another process is writing there, stop it first") from None
+    return file
+
+
+def flush(path):
+    """Force a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path, value):
+    """Write, flush, rename: a crash leaves the old file or the new one."""
+    half = path.with_suffix(".tmp")
+    half.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    flush(half)
+    half.replace(path)
+    flush(path.parent)
+
+
+def fingerprint(path):
+    """[size, SHA-256] of a file, which is flushed to the disk."""
+    flush(path)
+    with open(path, "rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def checkpoint_fault(folder):
+    """What is wrong with a checkpoint folder, or None if every file is there and as it was written."""
+    marker = folder / "complete.json"
+    if not marker.exists():
+        return "not complete, the run ended while it was written"
+    for name, mark in json.loads(marker.read_text()).items():
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        if fingerprint(folder / name) != mark:
+            return f"{name} is damaged"
+    return None
+
+
+def optimizer_tensors(model, optimizer):
+    """{parameter/key: tensor} of the optimizer's state, by the names of the model's parameters."""
+    return {f"{name}/{key}": value.detach().cpu() for name, p in model.named_parameters()
+            for key, value in optimizer.state.get(p, {}).items()}
+
+
+def load_optimizer(model, optimizer, path):
+    """Put back what `optimizer_tensors` gave. Raises ValueError where a parameter has no state in the file."""
+    state = {}
+    for key, value in load_file(path).items():
+        name, key = key.rsplit("/", 1)
+        state.setdefault(name, {})[key] = value
+    for name, p in model.named_parameters():
+        if p.requires_grad and state:  # empty: saved before the first update
+            if name not in state:
+                raise ValueError(f"{path}: no optimizer state of {name}, is this checkpoint of this run?")
+            optimizer.state[p] = {k: v if v.dim() == 0 else v.to(p) for k, v in state[name].items()}
+
+
+# ---------------------------------------------------------------- signals
+
+STOPPED = 143  # exit code, as of a process that SIGTERM ended
+
+
+class Stopped(Exception):
+    """The run was asked to end."""
+
+
+class Signals:
+    """SIGTERM and Ctrl-C ask the run to end; work wrapped in `droppable` ends at once, on all processes alike.
+
+    A second Ctrl-C leaves immediately: what is saved is never half there.
+    """
+
+    def __init__(self, procs):
+        self.procs, self.wanted = procs, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _):
+        if self.wanted and number == signal.SIGINT:
+            os._exit(130)
+        self.wanted = True
+
+    def check(self, *_):
+        if self.wanted:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def droppable(self):
+        """Around work without collectives. Gives `check`, to be called often; raises Stopped on all if one must."""
+        with contextlib.suppress(Stopped):
+            yield self.check
+        if self.procs.sum({"stop": int(self.wanted)})["stop"]:
+            raise Stopped
+
+
+def progress(items, procs, describe):
     """A progress bar on a terminal; elsewhere a plain line about every twentieth of the way. Yields (item, show).
 
-    Call show(**numbers) with what to display beside the rate.
+    Call show(**numbers) with what to display beside the rate. items: a range; where it begins is done already.
     """
-    total = total or len(items)
-    bar = tqdm(total=total, desc=describe, dynamic_ncols=True, disable=None if procs.is_main else True)
+    done = items.start // items.step
+    total = done + len(items)
+    bar = tqdm(total=total, initial=done, desc=describe, dynamic_ncols=True, disable=None if procs.is_main else True)
     start, every = time.monotonic(), max(1, total // 20)
-    for n, item in enumerate(items, 1):
+    for n, item in enumerate(items, done + 1):
         shown = {}
         yield item, shown.update
         bar.set_postfix(shown)

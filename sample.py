@@ -14,6 +14,7 @@ import argparse
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -167,23 +168,25 @@ def complete(model, tokenizer, prompts, *, keys, rollout_batch, gen_length, **sa
     return Completions(ids, [tokenizer.decode(row) for row in ids.tolist()], lengths, unmasked_at)
 
 
-def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate", **sampling):
+def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate", droppable=nullcontext, **sampling):
     """Complete every example and score it. Returns ({metric: mean}, rows): all rows, in order, on every process.
 
     Each row holds the example's index, prompt, completion, its metrics and its effective tokens (before the first EOS).
+    droppable: of parallel.Signals, where a signal may end the work.
     """
     indices, rows = list(range(len(examples)))[procs.rank::procs.world], []
     size = sampling["rollout_batch"]
     model.eval()
-    for start, show in progress(range(0, len(indices), size), procs, describe):
-        part = indices[start:start + size]
-        done = complete(model, tokenizer, [examples[i]["prompt"] for i in part],
-                        keys=[(seed, "evaluate", i) for i in part], **sampling)
-        for i, text, length in zip(part, done.texts, done.lengths.tolist()):
-            metrics = task.score(text, examples[i])
-            rows.append({"index": i, "prompt": examples[i]["prompt"], "completion": text, **metrics,
-                         "effective_tokens": length})
-        show(accuracy=f"{sum(r['accuracy'] for r in rows) / len(rows):.1%}")
+    with droppable() as check:
+        for start, show in progress(range(0, len(indices), size), procs, describe):
+            part = indices[start:start + size]
+            done = complete(model, tokenizer, [examples[i]["prompt"] for i in part], on_step=check,
+                            keys=[(seed, "evaluate", i) for i in part], **sampling)
+            for i, text, length in zip(part, done.texts, done.lengths.tolist()):
+                metrics = task.score(text, examples[i])
+                rows.append({"index": i, "prompt": examples[i]["prompt"], "completion": text, **metrics,
+                             "effective_tokens": length})
+            show(accuracy=f"{sum(r['accuracy'] for r in rows) / len(rows):.1%}")
     rows = sorted(procs.gather(rows), key=lambda row: row["index"])
     names = [name for name in rows[0] if name not in ("index", "prompt", "completion")]
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows

@@ -12,6 +12,7 @@ It is GRPO but for four things:
 import argparse
 import contextlib
 import copy
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ import torch
 from d1 import completion_mask, diffu_grpo_loss, draw_indices, generator, group_advantages, one_step_logps
 from data import TASKS
 from data.tokenizer import Tokenizer
-from model import Config, LLaDA, adapters_off, add_lora, find_checkpoint, save_weights
-from parallel import Run, fill_defaults, one_line_errors, pick_dtype, processes, progress
+from model import Config, LLaDA, adapters_off, add_lora, find_checkpoint, load_weights, save_weights
+from parallel import (Run, Signals, fill_defaults, one_line_errors, optimizer_tensors, pick_dtype, processes,
+                      progress)
 from sample import SAMPLING, add_sampling_options, check_schedule, complete, evaluate, pad_left
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -30,6 +32,9 @@ DEFAULTS = {
     **SAMPLING, "steps": (625, 20), "prompts_per_step": (16, 16), "group_size": (6, 6), "num_iterations": (8, 4),
     "lr": (3e-6, 5e-5), "lora_r": (128, 0), "microbatch": (1, 16), "eval_every": (50, 10), "eval_count": (256, 256),
 }
+
+# what a resumed run may not change: it decides what was learnt so far, or which draws come next
+FIXED = ("task", "data", "model", "seed", "prompts_per_step", "lora_r", "lora_targets", "dtype")
 
 
 def parse_args(argv=None):
@@ -60,6 +65,8 @@ def parse_args(argv=None):
     p.add_argument("--eval_every", type=int, help="steps between evaluations on held-out problems")
     p.add_argument("--eval_count", type=int, help="held-out problems per evaluation; 0: none")
     p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints, 0: only the last")
+    p.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, if any")
+    p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     return p.parse_args(argv)
@@ -145,7 +152,7 @@ def add_up(rows):
     return {name: (max if name.startswith("max_") else sum)(row[name] for row in rows) for name in rows[0]}
 
 
-def update_policy(model, optimizer, rollout, update, slices, args, procs, mask_id):
+def update_policy(step, update, model, optimizer, rollout, slices, args, procs, mask_id):
     """One clipped update under its own prompt masks. Returns what is logged of it, over all processes."""
     rows, trainable = [], optimizer.param_groups[0]["params"]
     for part in slices:
@@ -157,10 +164,14 @@ def update_policy(model, optimizer, rollout, update, slices, args, procs, mask_i
         loss.backward()
         rows.append({"loss": loss.item(), **{name: float(value) for name, value in stats.items()}})
     procs.sum_gradients(trainable)
-    row = add_up(procs.gather([add_up(rows)]))
+    per_rank = procs.gather([add_up(rows)])
+    row = add_up(per_rank)
     row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip))
     if not math.isfinite(row["grad_norm"]):
-        raise SystemExit(f"error: not finite at update {update + 1} of this step, stopped before it: {row}")
+        bad = [rank for rank, found in enumerate(per_rank) if not all(map(math.isfinite, found.values()))]
+        raise SystemExit(f"error: step {step + 1}, update {update + 1}: gradient norm {row['grad_norm']}, "
+                         f"{f'loss not finite on ranks {bad}' if bad else 'losses finite'}: {per_rank}; stopped before the "
+                         "update, what is saved is intact")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return row
@@ -180,13 +191,13 @@ def reference_policy(model, args):
     return lambda: contextlib.nullcontext(frozen)
 
 
-def held_out_metrics(model, tokenizer, task, examples, args, procs, words):
+def held_out_metrics(model, tokenizer, task, examples, args, procs, signals, words):
     """Held-out metrics at the rollout temperature and greedy, on the same problems and noise every time."""
     found = {}
     for name, temperature in (("sampled", args.temperature), ("greedy", 0.0)) if examples else ():
         sampling = {option: getattr(args, option) for option in SAMPLING}
         metrics, _ = evaluate(model, tokenizer, task, examples, procs, args.seed, f"{words}, {name}",
-                              temperature=temperature, **sampling)
+                              temperature=temperature, droppable=signals.droppable, **sampling)
         found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
     if found:
         procs.print(f"{words}: accuracy {found['sampled_accuracy']:.1%} at temperature {args.temperature}, "
@@ -202,91 +213,120 @@ def summarise(args, device, before, after, minutes):
             "steps": args.steps, "minutes": minutes, "device": str(device), "before": before, "after": after}
 
 
+def train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, signals):
+    """The algorithm: one rollout and its mu updates. Returns the step's row for the log and some samples.
+
+    A stop that is asked for during the rollout drops it (parallel.Stopped); once updates begin, the step is finished.
+    """
+    task, G, mu, mask_id = TASKS[args.task], args.group_size, args.num_iterations, tokenizer.mask_id
+    device = procs.device
+
+    # roll out G completions of each prompt of this process's share
+    clock = [time.monotonic()]
+    mine = procs.share(args.prompts_per_step, "--prompts_per_step")  # which prompts of the step are ours
+    drawn = draw_indices(len(examples), step, args.prompts_per_step, args.seed)
+    batch = [examples[drawn[i]] for i in mine]
+    repeated = [example for example in batch for _ in range(G)]
+    sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature")}
+    with signals.droppable() as check:
+        done = complete(model, tokenizer, [e["ids"] for e in repeated], on_step=check,
+                        keys=[(args.seed, "rollout", step, i, g) for i in mine for g in range(G)], **sampling)
+    completions = done.ids.view(len(batch), G, -1)  # (N, G, L)
+    mask = completion_mask(completions, tokenizer.eos_id)  # (N, G, L)
+    clock.append(time.monotonic())
+
+    # reward, advantages, K x mu prompt masks
+    parts, scores = grade(task, repeated, done.texts)
+    rewards = torch.tensor([sum(p.values()) for p in parts], device=device).view(len(batch), G)
+    prompt, attn_mask = pad_left([e["ids"] for e in batch], tokenizer.eos_id, device)  # (N, P)
+    prompt_masked = draw_prompt_masks([len(e["ids"]) for e in batch], prompt.shape[1], step, mine, args)
+    rollout = Rollout(prompt, attn_mask, prompt_masked.to(device), completions, mask, group_advantages(rewards),
+                      procs.sum({"tokens": int(mask.sum())})["tokens"])
+
+    # old and reference log-probs under each of the masks
+    slices = [slice(i, i + args.microbatch) for i in range(0, len(batch), args.microbatch)]
+    with torch.no_grad():
+        rollout.old = [torch.cat([log_probs(model, rollout, m, s, mask_id) for s in slices]) for m in range(mu)]
+        rollout.ref = [None] * mu
+        if reference:
+            with reference() as policy:
+                rollout.ref = [torch.cat([log_probs(policy, rollout, m, s, mask_id) for s in slices])
+                               for m in range(mu)]
+    clock.append(time.monotonic())
+
+    # mu updates
+    updates = [update_policy(step, m, model, optimizer, rollout, slices, args, procs, mask_id) for m in range(mu)]
+    clock.append(time.monotonic())
+
+    seconds = dict(zip(("rollout", "logps", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+    row = {"step": step + 1,
+           **mean_of([{"reward": sum(part.values()), "accuracy": score["accuracy"], "completion_length": length,
+                       **{f"reward_{name}": value for name, value in part.items()}}
+                      for part, score, length in zip(parts, scores, done.lengths.tolist())], procs),
+           **mean_of([{"zero_spread_fraction": float(min(group) == max(group))} for group in rewards.tolist()], procs),
+           **{name: value / (1 if name.startswith("max_") else mu) for name, value in add_up(updates).items()},
+           "lr": args.lr, "seconds": seconds,
+           "tokens_per_second": procs.world * done.ids.numel() / seconds["rollout"]}
+    samples = [{"step": step + 1, "prompt": batch[0]["prompt"], "completion": text, "reward": part}
+               for text, part in zip(done.texts[:G], parts)]
+    return row, samples
+
+
 def main(args):
-    with processes(args.device) as procs:
+    with processes(args.device, args.timeout) as procs, Signals(procs) as signals:
         with one_line_errors():
             folder = find_checkpoint(args.model)
             config = Config.from_folder(folder)
             chosen = fill_defaults(args, DEFAULTS, config)
             check_options(args, config)
-            device, dtype, task = procs.device, pick_dtype(args.dtype, procs.device), TASKS[args.task]
-            mine = procs.share(args.prompts_per_step, "--prompts_per_step")  # which prompts of a step are ours
+            dtype, task = pick_dtype(args.dtype, procs.device), TASKS[args.task]
+            procs.share(args.prompts_per_step, "--prompts_per_step")
             tokenizer = Tokenizer.from_folder(folder, config)
             examples = read_prompts(args, config, tokenizer, procs)
             held_out = task.load("test", count=args.eval_count) if args.eval_count else []
-            model = LLaDA.from_pretrained(folder, device, dtype).eval()  # no dropout anywhere: the first ratio is 1
+            model = LLaDA.from_pretrained(folder, procs.device, dtype).eval()  # no dropout: the first ratio is 1
             if args.lora_r:
                 add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets, generator(args.seed, "lora"))
-            options = {**vars(args), "device": device, "dtype": dtype}
-            run = Run(args.out or f"runs/train_grpo-{args.task}", options, procs)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
-        reference = reference_policy(model, args) if args.beta else None
-        sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature")}
-        G, mu, mask_id, start = args.group_size, args.num_iterations, tokenizer.mask_id, time.monotonic()
+            options = {**vars(args), "device": procs.device, "dtype": dtype}
+            run = Run(args.out or f"runs/train_grpo-{args.task}", options, procs, args.resume, FIXED)
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+            reference = reference_policy(model, args) if args.beta else None
+            # what a checkpoint holds besides tensors; unlogged: a finished step whose evaluation is still to come
+            state = {"step": 0, "unlogged": None, "before": None, "after": None, "seconds": 0.0}
+            state = run.restore(model, optimizer, load_weights, state)
         procs.print(f"diffu-GRPO on {args.task}: {sum(p.numel() for p in trainable):,} trainable parameters, "
-                    f"{len(examples)} prompts, {procs.world} x {device} {dtype}\n{chosen}")
-        before = after = held_out_metrics(model, tokenizer, task, held_out, args, procs, "before")
+                    f"{len(examples)} prompts, {procs.world} x {procs.device} {dtype}\n{chosen}")
+        evaluation = functools.partial(held_out_metrics, model, tokenizer, task, held_out, args, procs, signals)
+        start = time.monotonic() - state["seconds"]
 
-        for step, show in progress(range(args.steps), procs, args.task):
-            # roll out G completions of each prompt of this process's share
-            clock = [time.monotonic()]
-            drawn = draw_indices(len(examples), step, args.prompts_per_step, args.seed)
-            batch = [examples[drawn[i]] for i in mine]
-            repeated = [example for example in batch for _ in range(G)]
-            done = complete(model, tokenizer, [e["ids"] for e in repeated],
-                            keys=[(args.seed, "rollout", step, i, g) for i in mine for g in range(G)], **sampling)
-            completions = done.ids.view(len(batch), G, -1)  # (N, G, L)
-            mask = completion_mask(completions, tokenizer.eos_id)  # (N, G, L)
-            clock.append(time.monotonic())
+        def save():
+            state["seconds"] = time.monotonic() - start
+            run.save(state, optimizer_tensors(model, optimizer), tokenizer.save,
+                     lambda into: save_weights(model, into, args.model))
 
-            # reward, advantages, K x mu prompt masks
-            parts, scores = grade(task, repeated, done.texts)
-            rewards = torch.tensor([sum(p.values()) for p in parts], device=device).view(len(batch), G)
-            prompt, attn_mask = pad_left([e["ids"] for e in batch], tokenizer.eos_id, device)  # (N, P)
-            prompt_masked = draw_prompt_masks([len(e["ids"]) for e in batch], prompt.shape[1], step, mine, args)
-            rollout = Rollout(prompt, attn_mask, prompt_masked.to(device), completions, mask, group_advantages(rewards),
-                              procs.sum({"tokens": int(mask.sum())})["tokens"])
+        with run.resumable(save):
+            state["before"] = state["before"] or evaluation("before")
+            for step, show in progress(range(state["step"] - bool(state["unlogged"]), args.steps), procs, args.task):
+                if not state["unlogged"]:
+                    state["unlogged"] = train_step(step, model, reference, optimizer, tokenizer, examples, args, procs,
+                                                   signals)
+                    state["step"] = step + 1
+                row, samples = state["unlogged"]
+                last = step + 1 == args.steps
+                if last or args.eval_every and (step + 1) % args.eval_every == 0:
+                    state["after"] = evaluation(f"step {step + 1}")
+                    row |= {f"held_out_{name}": value for name, value in state["after"].items()}
+                run.log("metrics.jsonl", [row])
+                run.log("samples.jsonl", samples)
+                state["unlogged"] = None
+                show(reward=f"{row['reward']:.3f}", accuracy=f"{row['accuracy']:.1%}", kl=f"{row.get('kl', 0):.3f}",
+                     tokens_s=f"{row['tokens_per_second']:.0f}")
+                if last or args.save_every and (step + 1) % args.save_every == 0:
+                    save()
 
-            # old and reference log-probs under each of the masks
-            slices = [slice(i, i + args.microbatch) for i in range(0, len(batch), args.microbatch)]
-            with torch.no_grad():
-                rollout.old = [torch.cat([log_probs(model, rollout, m, s, mask_id) for s in slices]) for m in range(mu)]
-                rollout.ref = [None] * mu
-                if reference:
-                    with reference() as policy:
-                        rollout.ref = [torch.cat([log_probs(policy, rollout, m, s, mask_id) for s in slices])
-                                       for m in range(mu)]
-            clock.append(time.monotonic())
-
-            # mu updates
-            updates = [update_policy(model, optimizer, rollout, m, slices, args, procs, mask_id) for m in range(mu)]
-            clock.append(time.monotonic())
-
-            # log and save
-            seconds = dict(zip(("rollout", "logps", "update"), (b - a for a, b in zip(clock, clock[1:]))))
-            row = {"step": step + 1,
-                   **mean_of([{"reward": sum(part.values()), "accuracy": score["accuracy"], "completion_length": length,
-                               **{f"reward_{name}": value for name, value in part.items()}}
-                              for part, score, length in zip(parts, scores, done.lengths.tolist())], procs),
-                   **mean_of([{"zero_spread_fraction": float(min(group) == max(group))} for group in rewards.tolist()],
-                             procs),
-                   **{name: value / (1 if name.startswith("max_") else mu) for name, value in add_up(updates).items()},
-                   "lr": args.lr, "seconds": seconds,
-                   "tokens_per_second": procs.world * done.ids.numel() / seconds["rollout"]}
-            last = step + 1 == args.steps
-            if last or args.eval_every and (step + 1) % args.eval_every == 0:
-                after = held_out_metrics(model, tokenizer, task, held_out, args, procs, f"step {step + 1}")
-                row |= {f"held_out_{name}": value for name, value in after.items()}
-            run.log("metrics.jsonl", [row])
-            run.log("samples.jsonl", [{"step": step + 1, "prompt": batch[0]["prompt"], "completion": text,
-                                       "reward": part} for text, part in zip(done.texts[:G], parts)])
-            show(reward=f"{row['reward']:.3f}", accuracy=f"{row['accuracy']:.1%}", kl=f"{row.get('kl', 0):.3f}",
-                 tokens_s=f"{row['tokens_per_second']:.0f}")
-            if last or args.save_every and (step + 1) % args.save_every == 0:
-                run.save(step + 1, lambda into: save_weights(model, into, args.model), tokenizer.save)
-
-        summary = summarise(args, device, before, after, minutes=(time.monotonic() - start) / 60)
+        summary = summarise(args, procs.device, state["before"], state["after"] or state["before"],
+                            minutes=(time.monotonic() - start) / 60)
         run.finish(summary)
         if held_out:
             procs.print("held-out accuracy {accuracy_before:.1%} -> {accuracy_after:.1%} at the rollout temperature, "

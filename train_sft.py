@@ -16,8 +16,9 @@ from d1 import draw_indices, forward_process, generator, sft_loss
 from data import TASKS
 from data.format import read_rows
 from data.tokenizer import Tokenizer
-from model import LLaDA, Config, add_lora, find_checkpoint, save_weights
-from parallel import Run, fill_defaults, one_line_errors, pick_dtype, processes, progress
+from model import LLaDA, Config, add_lora, find_checkpoint, load_weights, save_weights
+from parallel import (Run, Signals, fill_defaults, one_line_errors, optimizer_tensors, pick_dtype, processes,
+                      progress)
 
 MIN_T = 1e-3  # t = (1 - 1e-3) u + 1e-3, LLaDA's floor, bounds the weight 1 / t
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -25,6 +26,10 @@ DEFAULTS = {
     "steps": (2460, 1000), "batch_size": (8, 64), "lr": (1e-5, 2e-3), "warmup": (0, 100), "lora_r": (128, 0),
     "gen_length": (0, 32), "microbatch": (1, 64), "eval_every": (100, 250),
 }
+
+# what a resumed run may not change: it decides what was learnt so far, or which draws come next
+FIXED = ("task", "data", "split", "count", "model", "from_scratch", "seed", "batch_size", "loss", "lora_r",
+         "lora_targets", "dtype")
 
 
 def parse_args(argv=None):
@@ -52,6 +57,8 @@ def parse_args(argv=None):
     p.add_argument("--lora_targets", nargs="+", default=["q_proj", "k_proj", "v_proj"], help="d1 code: q k v")
     p.add_argument("--eval_every", type=int, help="updates between held-out losses")
     p.add_argument("--save_every", type=int, default=0, help="updates between checkpoints, 0: only the last")
+    p.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, if any")
+    p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     return p.parse_args(argv)
@@ -130,15 +137,17 @@ def batch_loss(model, batch, per_sequence):
 
 
 @torch.no_grad()
-def held_out_loss(model, rows, tokenizer, args, procs, draws=4):
+def held_out_loss(model, rows, tokenizer, args, procs, signals, draws=4):
     """LLaDA's loss over held-out rows at fixed masks, t stratified: each row sees `draws` values over (0, 1)."""
     total, length = 0.0, max(len(row) for row, _ in rows)
     jobs = [(i, d) for d in range(draws) for i in range(len(rows))]
-    for part in batches(jobs[procs.rank::procs.world], args.microbatch):
-        ids, answer = collate([rows[i] for i, _ in part], length, tokenizer.eos_id)
-        u = torch.tensor([((i + 0.5) / len(rows) + d) / draws for i, d in part])
-        noised, masked, t = noise(ids, answer, [("held out", i, d) for i, d in part], tokenizer.mask_id, u)
-        total += batch_loss(model, (ids, noised, masked, t, answer), per_sequence=True).item() * len(part)
+    with signals.droppable() as check:
+        for part in batches(jobs[procs.rank::procs.world], args.microbatch):
+            check()
+            ids, answer = collate([rows[i] for i, _ in part], length, tokenizer.eos_id)
+            u = torch.tensor([((i + 0.5) / len(rows) + d) / draws for i, d in part])
+            noised, masked, t = noise(ids, answer, [("held out", i, d) for i, d in part], tokenizer.mask_id, u)
+            total += batch_loss(model, (ids, noised, masked, t, answer), per_sequence=True).item() * len(part)
     return procs.sum({"loss": total})["loss"] / len(jobs)
 
 
@@ -160,14 +169,36 @@ def learning_rate(step, args):
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * (1 - step / args.steps)
 
 
+def train_step(step, model, optimizer, rows, tokenizer, args, procs):
+    """One update on this process's share of the step's rows. Returns the step's row for the log."""
+    began, loss, tokens, trainable = time.monotonic(), 0.0, 0, optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+    for batch, share in draw_batch(rows, step, args, tokenizer, procs.share(args.batch_size, "--batch_size")):
+        part = batch_loss(model, batch, args.loss == "llada") * share
+        part.backward()
+        loss, tokens = loss + part.item(), tokens + batch[0].numel()
+    procs.sum_gradients(trainable)
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip))
+    losses = procs.gather([loss])  # each process's share
+    if not math.isfinite(grad_norm):
+        bad = [rank for rank, share in enumerate(losses) if not math.isfinite(share)]
+        raise SystemExit(f"error: step {step + 1}: gradient norm {grad_norm}, "
+                         f"{f'loss not finite on ranks {bad}' if bad else 'losses finite'}; stopped before the update, "
+                         "what is saved is intact")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"step": step + 1, "loss": sum(losses), "lr": learning_rate(step, args), "grad_norm": grad_norm,
+            "tokens_per_second": procs.world * tokens / (time.monotonic() - began)}
+
+
 def main(args):
-    with processes(args.device) as procs:
+    with processes(args.device, args.timeout) as procs, Signals(procs) as signals:
         with one_line_errors():
             folder = find_checkpoint(args.model)
             config = Config.from_folder(folder)
             chosen = fill_defaults(args, DEFAULTS, config)
             device, dtype = procs.device, pick_dtype(args.dtype, procs.device)
-            mine = procs.share(args.batch_size, "--batch_size")
+            procs.share(args.batch_size, "--batch_size")
             tokenizer = Tokenizer.from_folder(folder, config)
             rows = encode_rows(read_examples(args), tokenizer, args, procs)
             if args.from_scratch:
@@ -177,46 +208,50 @@ def main(args):
             if args.lora_r:
                 add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets, generator(args.seed, "lora"))
             name = "-".join(args.task or ["data"])
-            run = Run(args.out or f"runs/train_sft-{name}", {**vars(args), "device": device, "dtype": dtype}, procs)
+            options = {**vars(args), "device": device, "dtype": dtype}
+            run = Run(args.out or f"runs/train_sft-{name}", options, procs, args.resume, FIXED)
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+            # what a checkpoint holds besides tensors; unlogged: a finished step whose evaluation is still to come
+            state = {"step": 0, "unlogged": None, "before": None, "after": None, "seconds": 0.0}
+            state = run.restore(model, optimizer, load_weights, state)
         order = torch.randperm(len(rows), generator=generator(args.seed, "held out")).tolist()
         held = [rows[i] for i in order[:min(256, max(1, len(rows) // 100))]]  # 1%, as the authors hold out
         rows = [rows[i] for i in order[len(held):]]
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
         procs.print(f"masked SFT: {sum(p.numel() for p in trainable):,} trainable parameters, {len(rows)} rows, "
                     f"{len(held)} held out, {procs.world} x {device} {dtype}\n{chosen}")
-        before = latest = held_out_loss(model, held, tokenizer, args, procs)
-        start = time.monotonic()
+        start = time.monotonic() - state["seconds"]
 
-        for step, show in progress(range(args.steps), procs, "sft"):
-            began, loss, tokens = time.monotonic(), 0.0, 0
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            for batch, share in draw_batch(rows, step, args, tokenizer, mine):
-                part = batch_loss(model, batch, args.loss == "llada") * share
-                part.backward()
-                loss, tokens = loss + part.item(), tokens + batch[0].numel()
-            procs.sum_gradients(trainable)
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip))
-            if not math.isfinite(grad_norm):
-                raise SystemExit(f"error: gradient norm {grad_norm}, loss {loss} at step {step + 1}: stopped before it")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        def save():
+            state["seconds"] = time.monotonic() - start
+            run.save(state, optimizer_tensors(model, optimizer), tokenizer.save,
+                     lambda into: save_weights(model, into, args.model))
 
-            row = {"step": step + 1, **procs.sum({"loss": loss}), "lr": learning_rate(step, args),
-                   "grad_norm": grad_norm, "tokens_per_second": procs.world * tokens / (time.monotonic() - began)}
-            last = step + 1 == args.steps
-            if last or args.eval_every and (step + 1) % args.eval_every == 0:
-                latest = row["held_out_loss"] = held_out_loss(model, held, tokenizer, args, procs)
-            run.log("metrics.jsonl", [row])
-            show(loss=f"{row['loss']:.3f}", held_out=f"{latest:.3f}", tokens_s=f"{row['tokens_per_second']:.0f}")
-            if last or args.save_every and (step + 1) % args.save_every == 0:
-                run.save(step + 1, lambda into: save_weights(model, into, args.model), tokenizer.save)
+        with run.resumable(save):
+            if state["before"] is None:
+                state["before"] = state["after"] = held_out_loss(model, held, tokenizer, args, procs, signals)
+            for step, show in progress(range(state["step"] - bool(state["unlogged"]), args.steps), procs, "sft"):
+                if not state["unlogged"]:
+                    with signals.droppable():
+                        pass  # an update is short: a stop waits for its end
+                    state["unlogged"] = train_step(step, model, optimizer, rows, tokenizer, args, procs)
+                    state["step"] = step + 1
+                row, last = state["unlogged"], step + 1 == args.steps
+                if last or args.eval_every and (step + 1) % args.eval_every == 0:
+                    row["held_out_loss"] = held_out_loss(model, held, tokenizer, args, procs, signals)
+                    state["after"] = row["held_out_loss"]
+                run.log("metrics.jsonl", [row])
+                state["unlogged"] = None
+                show(loss=f"{row['loss']:.3f}", held_out=f"{state['after']:.3f}",
+                     tokens_s=f"{row['tokens_per_second']:.0f}")
+                if last or args.save_every and (step + 1) % args.save_every == 0:
+                    save()
 
-        summary = {"task": name, "seed": args.seed, "held_out_loss_before": before, "held_out_loss_after": latest,
+        before, after = state["before"], state["after"]
+        summary = {"task": name, "seed": args.seed, "held_out_loss_before": before, "held_out_loss_after": after,
                    "steps": args.steps, "minutes": (time.monotonic() - start) / 60, "device": str(device)}
         run.finish(summary)
-        procs.print(f"held-out loss {before:.3f} -> {latest:.3f}; the model is in {run.out}/step_{args.steps:06d}")
+        procs.print(f"held-out loss {before:.3f} -> {after:.3f}; the model is in {run.out}/step_{args.steps:06d}")
         return summary
 
 

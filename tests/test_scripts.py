@@ -1,14 +1,18 @@
 """The two training scripts from their command line, in-process; torchrun with two processes where it takes two."""
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import parallel
 import train_grpo
 import train_sft
 from d1 import draw_indices
@@ -53,7 +57,7 @@ def run(tmp_path_factory):
 
 def test_a_run_leaves_the_documented_folder(run):
     out, summary = run
-    files = "config.json metrics.jsonl samples.jsonl summary.json step_000002"
+    files = "config.json metrics.jsonl samples.jsonl summary.json step_000002 .lock"
     assert {path.name for path in out.iterdir()} == set(files.split())
     assert summary == json.loads((out / "summary.json").read_text())
     documented = "task seed accuracy_before accuracy_after greedy_before greedy_after steps minutes device"
@@ -129,7 +133,8 @@ def test_lora_trains_the_adapter_alone(tmp_path):
     out = tmp_path / "run"
     grpo(out, "--lora_r", 4, "--lr", "1e-3", "--eval_count", 0, "--steps", 1)
     folder = out / "step_000001"
-    assert {p.name for p in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+    files = "adapter_model.safetensors adapter_config.json tokenizer.json optimizer.safetensors state.json complete.json"
+    assert {p.name for p in folder.iterdir()} == set(files.split())
     plain, adapted = LLaDA.from_pretrained("data/tiny"), load_lora(LLaDA.from_pretrained("data/tiny"), folder)
     ids = torch.arange(20)[None]
     assert not torch.equal(plain(ids), adapted(ids))
@@ -169,7 +174,7 @@ def test_a_reward_that_raises_is_not_swallowed(tmp_path, monkeypatch):
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
     monkeypatch.setattr(train_grpo, "group_advantages", lambda rewards: rewards * float("inf"))
-    with pytest.raises(SystemExit, match="not finite at update 1 of this step"):
+    with pytest.raises(SystemExit, match="step 1, update 1: gradient norm nan, loss not finite on ranks"):
         grpo(tmp_path / "run", "--eval_count", 0)
 
 
@@ -218,6 +223,106 @@ def test_prompt_masks_have_their_rate_and_leave_padding_alone():
     assert abs(masks[0].float().mean() - 0.3) < 0.03 and abs(masks[1, ..., 8:].float().mean() - 0.3) < 0.03
     alone = train_grpo.draw_prompt_masks([12], 12, 0, [1], args)  # other neighbours, other padding: the same masks
     assert torch.equal(alone[0], masks[1, ..., 8:])
+
+
+# ---------------------------------------------------------------- resume
+
+def assert_same_run(a, b, tolerance=0):
+    """Weights, log and samples of two finished runs; bit for bit but for timing."""
+    assert_close(metrics(a), metrics(b), tolerance)
+    last = sorted(path.name for path in a.glob("step_*"))[-1]
+    for file in (path for path in (a / last).glob("*.safetensors")):
+        one, two = load_file(file), load_file(b / last / file.name)
+        assert one.keys() == two.keys() and len(one) > 0
+        for name in one:
+            assert (one[name] - two[name]).abs().max() <= tolerance, name
+    if (a / "samples.jsonl").exists() and not tolerance:
+        assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
+
+
+RESUMED = {  # each crosses an epoch: 4 prompts of 6 a step, 4 rows of 12
+    "grpo": (grpo, ["--steps", 4, "--eval_every", 2, "--save_every", 1]),
+    "grpo with LoRA": (grpo, ["--steps", 4, "--eval_every", 2, "--save_every", 1, "--lora_r", 2]),
+    "sft": (sft, ["--steps", 5, "--eval_every", 2, "--save_every", 1, "--warmup", 2]),
+}
+
+
+@pytest.fixture(scope="module", params=RESUMED)
+def whole(request, tmp_path_factory):
+    """A script with options and data, and the folder of a run that nothing interrupted."""
+    script, options = RESUMED[request.param]
+    folder = tmp_path_factory.mktemp("whole")
+    rows = ([{"input": f"{i},2,3", "output": str(i + 5)} for i in range(6)] if script is grpo else
+            [{"prompt": f"Say {i}", "completion": f"{i}"} for i in range(13)])
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = [*options, "--data", folder / "rows.jsonl"]
+    script(folder / "run", *options)
+    return script, options, folder / "run"
+
+
+def interrupt(monkeypatch, module, name, calls):
+    """Send SIGTERM to ourselves during the given call of a function."""
+    original, seen = getattr(module, name), []
+
+    def wrapped(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+    monkeypatch.setattr(module, name, wrapped)
+
+
+@pytest.mark.parametrize("name, calls", [
+    ("evaluation before", 1), ("rollout", 2), ("update", 3), ("evaluation", 3), ("save", 2)])
+def test_a_signal_anywhere_costs_nothing(whole, tmp_path, monkeypatch, capsys, name, calls):
+    script, options, uninterrupted = whole
+    where = {"rollout": (train_grpo, "complete"), "update": (train_grpo, "update_policy"),
+             "save": (parallel.Run, "save"), "evaluation": (train_grpo, "evaluate")}
+    if script is sft:
+        where = {"rollout": (train_sft, "draw_batch"), "update": (train_sft, "batch_loss"),
+                 "save": (parallel.Run, "save"), "evaluation": (train_sft, "held_out_loss")}
+    with monkeypatch.context() as patch:
+        interrupt(patch, *where[name.split()[0]], calls)
+        with pytest.raises(SystemExit) as stopped:
+            script(tmp_path / "run", *options)
+    assert stopped.value.code == parallel.STOPPED
+    assert "the same command with --resume goes on from" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "summary.json").exists()
+    script(tmp_path / "run", *options, "--resume")
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_one_process_goes_on_as_two(run, tmp_path):
+    options = ["--eval_count", 0, "--out", tmp_path / "run"]
+    grpo(tmp_path / "run", *options, "--steps", 1)
+    done = torchrun("train_grpo.py", *GRPO, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resumed with another --steps: 1 -> 2" in done.stdout
+    plain = [{name: value for name, value in row.items() if "held_out" not in name} for row in metrics(run[0])]
+    assert_close(plain, metrics(tmp_path / "run"), 1e-4)
+
+
+def test_killed_at_twenty_random_moments(tmp_path):
+    """SIGKILL, also in the middle of a save: every time it resumes, and ends on the same weights."""
+    options = ["--task", "countdown", "--steps", 150, "--save_every", 1, "--lora_r", 2, "--eval_every", 10]
+    sft(tmp_path / "whole", *options)
+    rng, kills = random.Random(0), 0
+    while kills < 20 and not (tmp_path / "run" / "summary.json").exists():
+        child = os.fork()  # a fork, so that a life is not spent on importing torch
+        if not child:
+            with open(tmp_path / "log", "a") as sys.stdout, open(tmp_path / "log", "a") as sys.stderr:
+                try:
+                    sft(tmp_path / "run", *options, "--resume")
+                finally:
+                    os._exit(0)
+        time.sleep(rng.uniform(0, 0.8))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    sft(tmp_path / "run", *options, "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    steps = [row["step"] for row in metrics(tmp_path / "run")]
+    assert steps == list(range(1, 151))
 
 
 # ---------------------------------------------------------------- SFT

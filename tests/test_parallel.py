@@ -1,0 +1,232 @@
+"""Checkpoints, a run's folder, signals: what a run must survive."""
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import parallel
+from parallel import Processes, Run, Signals, Stopped, checkpoint_fault, load_optimizer, optimizer_tensors
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+OPTIONS = {"task": "countdown", "steps": 4, "lr": 0.1, "resume": False}
+
+
+def save(run, step, value=0.0, unlogged=None):
+    run.save({"step": step, "unlogged": unlogged}, {"w/exp_avg": torch.full((3,), value)},
+             lambda into: (into / "tokenizer.json").write_text("{}"))
+    return run.out / f"step_{step:06d}"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run", OPTIONS, ALONE)
+
+
+def resumed(run, **changes):
+    """The folder opened again, after the process that held it ended."""
+    run.lock.close()
+    return Run(run.out, {**OPTIONS, **changes}, ALONE, resume=True, fixed=("task",))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def test_the_newest_whole_checkpoint_is_found_and_two_are_kept(run):
+    folders = [save(run, step) for step in (1, 2, 3)]
+    assert [folder.exists() for folder in folders] == [False, True, True]
+    assert resumed(run).checkpoint == folders[2]
+    assert {p.name for p in folders[2].iterdir()} == {"tokenizer.json", "optimizer.safetensors", "state.json",
+                                                      "complete.json"}
+
+
+def test_files_are_as_readable_as_the_umask_says(run):
+    before = os.umask(0o027)
+    try:
+        folder = save(run, 1)
+    finally:
+        os.umask(before)
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o640 for path in folder.iterdir() if path.name != "complete.json")
+
+
+def no_marker(folder):
+    (folder / "complete.json").unlink()
+
+
+def shorter(folder):
+    data = (folder / "optimizer.safetensors").read_bytes()
+    (folder / "optimizer.safetensors").write_bytes(data[:-4])
+
+
+def one_bit(folder):
+    data = bytearray((folder / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "optimizer.safetensors").write_bytes(data)
+
+
+def no_state(folder):
+    (folder / "state.json").unlink()
+
+
+@pytest.mark.parametrize("damage, words", [
+    (no_marker, "not complete"), (shorter, "optimizer.safetensors is damaged"),
+    (one_bit, "optimizer.safetensors is damaged"), (no_state, "state.json is missing")])
+def test_a_damaged_checkpoint_is_skipped_and_named(run, capsys, damage, words):
+    good, bad = save(run, 1), save(run, 2)
+    damage(bad)
+    (run.out / "step_000003.tmp").mkdir()  # left over by a run that was killed
+    assert words in checkpoint_fault(bad) and checkpoint_fault(good) is None
+    assert resumed(run).checkpoint == good
+    shown = capsys.readouterr().out
+    assert f"skipped {bad}" in shown and words in shown
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(run):
+    good = save(run, 1)
+    no_marker(save(run, 2))
+    save(run, 3)
+    assert good.exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(run, monkeypatch):
+    good = save(run, 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(parallel, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(run, 2)
+    assert resumed(run).checkpoint == good
+
+
+def test_a_checkpoint_written_twice_stays_as_it_was(run):
+    folder = save(run, 1, value=1.0)
+    mark = json.loads((folder / "complete.json").read_text())
+    save(run, 1, value=2.0)
+    assert json.loads((folder / "complete.json").read_text()) == mark and checkpoint_fault(folder) is None
+    one_bit(folder)
+    save(run, 1, value=2.0)
+    assert json.loads((folder / "complete.json").read_text()) != mark and checkpoint_fault(folder) is None
+
+
+def trained(seed=0):
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_the_optimizer_comes_back_to_the_bit(tmp_path):
+    with torch.random.fork_rng():
+        (one, first), (two, second) = trained(0), trained(1)
+    parallel.save_file(optimizer_tensors(one, first), tmp_path / "optimizer.safetensors")
+    load_optimizer(two, second, tmp_path / "optimizer.safetensors")
+    two.load_state_dict(one.state_dict())
+    for model, optimizer in ((one, first), (two, second)):
+        optimizer.zero_grad()
+        model(torch.arange(3.0)).pow(2).sum().backward()
+        optimizer.step()
+    assert torch.equal(one.weight, two.weight) and torch.equal(one.bias, two.bias)
+    tensors = {name: t for name, t in optimizer_tensors(one, first).items() if not name.startswith("bias")}
+    parallel.save_file(tensors, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match="no optimizer state of bias"):
+        load_optimizer(two, second, tmp_path / "less.safetensors")
+
+
+# ---------------------------------------------------------------- a run's folder
+
+def test_a_run_is_not_overwritten(run):
+    with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
+        Run(run.out, OPTIONS, ALONE)
+
+
+def test_changed_options_are_listed_and_structural_ones_refused(run, capsys):
+    assert resumed(run, lr=0.2).checkpoint is None  # nothing saved yet: it starts again
+    assert "resumed with another --lr: 0.1 -> 0.2" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--task was 'countdown' in .* and is 'sudoku'"):
+        resumed(run, task="sudoku")
+
+
+def test_two_runs_do_not_write_in_one_folder(run):
+    with pytest.raises(ValueError, match="another process is writing there"):
+        Run(run.out, OPTIONS, ALONE, resume=True)
+    assert resumed(run).lock
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Run(tmp_path / "file" / "run", OPTIONS, ALONE)
+
+
+@pytest.mark.parametrize("unlogged, kept", [(None, [1, 2]), ([{"step": 2}, []], [1])])
+def test_the_log_is_cut_back_to_the_checkpoint(run, unlogged, kept):
+    for step in (1, 2, 3):
+        run.log("metrics.jsonl", [{"step": step}])
+    with open(run.out / "metrics.jsonl", "a") as log:
+        log.write('{"step": 4, "lo')  # killed while it wrote
+    save(run, 2, unlogged=unlogged)
+    model = torch.nn.Linear(1, 1).requires_grad_(False)
+    state = resumed(run).restore(model, torch.optim.AdamW(model.parameters()), lambda *_: None, {"step": 0})
+    assert state == {"step": 2, "unlogged": unlogged}
+    assert [json.loads(line)["step"] for line in (run.out / "metrics.jsonl").read_text().splitlines()] == kept
+
+
+# ---------------------------------------------------------------- signals
+
+def test_a_signal_drops_what_is_droppable_and_handlers_come_back(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals(ALONE) as signals:
+        with signals.droppable() as check:
+            check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            with signals.droppable() as check:
+                check()
+                raise AssertionError("check() did not stop the work")
+        with pytest.raises(Stopped), signals.droppable():
+            pass  # work that never looked: stopped at its end
+        left = []
+        monkeypatch.setattr(os, "_exit", left.append)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert left == []  # a scheduler may repeat itself
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [130]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---------------------------------------------------------------- processes that go wrong
+
+WORKER = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from parallel import processes
+with processes("cpu", timeout=5) as procs:
+    assert procs.gather([procs.rank]) == [0, 1]
+    if procs.rank == 1:
+        {deed}
+    print(procs.sum({{"one": 1}}))
+"""
+
+
+@pytest.mark.parametrize("deed, words", [
+    ("raise ValueError('the first cause')", "the first cause"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9"),
+    ("time.sleep(120)", "did not arrive within --timeout 5 s"),
+    ("raise SystemExit('error: said in one line')", "error: said in one line")])
+def test_a_process_that_goes_wrong_ends_the_job(tmp_path, deed, words):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT), deed=deed))
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
+                          capture_output=True, text=True, timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert words in done.stderr, done.stderr
