@@ -6,6 +6,7 @@ summed (each loss is already a share of the whole batch) and numbers are gathere
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -109,6 +110,18 @@ def processes(device=None, timeout=600):
             dist.destroy_process_group()
 
 
+def refuse_not_finite(where, grad_norm, per_rank):
+    """End all processes before an update whose gradient norm is not finite, and say where it came from.
+
+    grad_norm: the same on all processes; per_rank: what each of them measured, {name: number}.
+    """
+    if not math.isfinite(grad_norm):
+        bad = [rank for rank, found in enumerate(per_rank) if not all(map(math.isfinite, found.values()))]
+        raise SystemExit(f"error: {where}: gradient norm {grad_norm}, "
+                         f"{f'loss not finite on ranks {bad}' if bad else 'losses finite'}: {per_rank}; "
+                         "stopped before the update, what is saved is intact")
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Bad input ends the program with one line and exit code 1, no traceback. Wrap preparation, not training."""
@@ -197,11 +210,13 @@ class Run:
             self.procs.print(f"skipped {folder}: {fault}")
         return None
 
-    def restore(self, model, optimizer, load_weights, state):
-        """Go on from the checkpoint if there is one: weights, optimizer, and the saved `state`, which is returned.
+    def restore(self, model, optimizer, load_weights):
+        """Go on from the checkpoint if there is one: weights and optimizer. Returns the run's state, a dict for `save`.
 
         Log lines behind it are dropped, a torn last one too: the run writes them again.
         """
+        # unlogged: a finished step whose evaluation is still to come
+        state = {"step": 0, "unlogged": None, "before": None, "after": None, "seconds": 0.0}
         if self.checkpoint:
             load_weights(model, self.checkpoint)
             load_optimizer(model, optimizer, self.checkpoint / "optimizer.safetensors")
@@ -212,9 +227,7 @@ class Run:
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= logged]
-                half = path.with_suffix(".tmp")
-                half.write_text("".join(kept), encoding="utf-8")
-                half.replace(path)
+                write_text(path, "".join(kept))
         return state
 
     def log(self, file, rows):
@@ -226,7 +239,7 @@ class Run:
     def save(self, state, tensors, *writers, keep=2):
         """Write the checkpoint step_<state["step"]>/: state, a dict of JSON values; tensors; what each writer adds.
 
-        Made aside, flushed to the disk, renamed, marked; then all but the newest `keep` are removed.
+        Made aside, flushed to the disk, renamed, marked; then all but the newest `keep` are removed. Returns its path.
         """
         folder = self.out / f"step_{state['step']:06d}"
         if self.procs.is_main and not (folder.exists() and checkpoint_fault(folder) is None):
@@ -251,6 +264,7 @@ class Run:
                 shutil.rmtree(old)
         if self.procs.world > 1:
             dist.barrier()  # nobody goes on, or leaves, before it is on the disk
+        return folder
 
     @contextlib.contextmanager
     def resumable(self, save):
@@ -258,8 +272,7 @@ class Run:
         try:
             yield
         except Stopped:
-            save()
-            self.procs.print(f"stopped; the same command with --resume goes on from {self.newest_checkpoint()}")
+            self.procs.print(f"stopped; the same command with --resume goes on from {save()}")
             raise SystemExit(STOPPED) from None
         finally:
             if self.procs.is_main:
@@ -295,9 +308,13 @@ def flush(path):
 
 
 def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_text(path, text):
     """Write, flush, rename: a crash leaves the old file or the new one."""
     half = path.with_suffix(".tmp")
-    half.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    half.write_text(text, encoding="utf-8")
     flush(half)
     half.replace(path)
     flush(path.parent)

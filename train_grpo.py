@@ -24,7 +24,7 @@ from data import TASKS
 from data.tokenizer import Tokenizer
 from model import Config, LLaDA, adapters_off, add_lora, find_checkpoint, load_weights, save_weights
 from parallel import (Run, Signals, fill_defaults, one_line_errors, optimizer_tensors, pick_dtype, processes,
-                      progress)
+                      progress, refuse_not_finite)
 from sample import SAMPLING, add_sampling_options, check_schedule, complete, evaluate, pad_left
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -167,11 +167,7 @@ def update_policy(step, update, model, optimizer, rollout, slices, args, procs, 
     per_rank = procs.gather([add_up(rows)])
     row = add_up(per_rank)
     row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip))
-    if not math.isfinite(row["grad_norm"]):
-        bad = [rank for rank, found in enumerate(per_rank) if not all(map(math.isfinite, found.values()))]
-        raise SystemExit(f"error: step {step + 1}, update {update + 1}: gradient norm {row['grad_norm']}, "
-                         f"{f'loss not finite on ranks {bad}' if bad else 'losses finite'}: {per_rank}; stopped before the "
-                         "update, what is saved is intact")
+    refuse_not_finite(f"step {step + 1}, update {update + 1}", row["grad_norm"], per_rank)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return row
@@ -292,9 +288,7 @@ def main(args):
             trainable = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
             reference = reference_policy(model, args) if args.beta else None
-            # what a checkpoint holds besides tensors; unlogged: a finished step whose evaluation is still to come
-            state = {"step": 0, "unlogged": None, "before": None, "after": None, "seconds": 0.0}
-            state = run.restore(model, optimizer, load_weights, state)
+            state = run.restore(model, optimizer, load_weights)
         procs.print(f"diffu-GRPO on {args.task}: {sum(p.numel() for p in trainable):,} trainable parameters, "
                     f"{len(examples)} prompts, {procs.world} x {procs.device} {dtype}\n{chosen}")
         evaluation = functools.partial(held_out_metrics, model, tokenizer, task, held_out, args, procs, signals)
@@ -302,7 +296,7 @@ def main(args):
 
         def save():
             state["seconds"] = time.monotonic() - start
-            run.save(state, optimizer_tensors(model, optimizer), tokenizer.save,
+            return run.save(state, optimizer_tensors(model, optimizer), tokenizer.save,
                      lambda into: save_weights(model, into, args.model))
 
         with run.resumable(save):

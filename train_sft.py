@@ -7,7 +7,6 @@ The prompt is never masked. The completion ends in EOS padding, which is trained
 to stop. Rows come from tasks' demonstrations (--task countdown sudoku) or a file of prompt and completion (--data).
 """
 import argparse
-import math
 import time
 
 import torch
@@ -18,7 +17,7 @@ from data.format import read_rows
 from data.tokenizer import Tokenizer
 from model import LLaDA, Config, add_lora, find_checkpoint, load_weights, save_weights
 from parallel import (Run, Signals, fill_defaults, one_line_errors, optimizer_tensors, pick_dtype, processes,
-                      progress)
+                      progress, refuse_not_finite)
 
 MIN_T = 1e-3  # t = (1 - 1e-3) u + 1e-3, LLaDA's floor, bounds the weight 1 / t
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -179,15 +178,12 @@ def train_step(step, model, optimizer, rows, tokenizer, args, procs):
         loss, tokens = loss + part.item(), tokens + batch[0].numel()
     procs.sum_gradients(trainable)
     grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip))
-    losses = procs.gather([loss])  # each process's share
-    if not math.isfinite(grad_norm):
-        bad = [rank for rank, share in enumerate(losses) if not math.isfinite(share)]
-        raise SystemExit(f"error: step {step + 1}: gradient norm {grad_norm}, "
-                         f"{f'loss not finite on ranks {bad}' if bad else 'losses finite'}; stopped before the update, "
-                         "what is saved is intact")
+    per_rank = procs.gather([{"loss": loss}])  # each process's share
+    refuse_not_finite(f"step {step + 1}", grad_norm, per_rank)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"step": step + 1, "loss": sum(losses), "lr": learning_rate(step, args), "grad_norm": grad_norm,
+    return {"step": step + 1, "loss": sum(found["loss"] for found in per_rank),
+            "lr": learning_rate(step, args), "grad_norm": grad_norm,
             "tokens_per_second": procs.world * tokens / (time.monotonic() - began)}
 
 
@@ -212,9 +208,7 @@ def main(args):
             run = Run(args.out or f"runs/train_sft-{name}", options, procs, args.resume, FIXED)
             trainable = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-            # what a checkpoint holds besides tensors; unlogged: a finished step whose evaluation is still to come
-            state = {"step": 0, "unlogged": None, "before": None, "after": None, "seconds": 0.0}
-            state = run.restore(model, optimizer, load_weights, state)
+            state = run.restore(model, optimizer, load_weights)
         order = torch.randperm(len(rows), generator=generator(args.seed, "held out")).tolist()
         held = [rows[i] for i in order[:min(256, max(1, len(rows) // 100))]]  # 1%, as the authors hold out
         rows = [rows[i] for i in order[len(held):]]
@@ -224,7 +218,7 @@ def main(args):
 
         def save():
             state["seconds"] = time.monotonic() - start
-            run.save(state, optimizer_tensors(model, optimizer), tokenizer.save,
+            return run.save(state, optimizer_tensors(model, optimizer), tokenizer.save,
                      lambda into: save_weights(model, into, args.model))
 
         with run.resumable(save):

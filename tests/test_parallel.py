@@ -175,7 +175,7 @@ def test_the_log_is_cut_back_to_the_checkpoint(run, unlogged, kept):
         log.write('{"step": 4, "lo')  # killed while it wrote
     save(run, 2, unlogged=unlogged)
     model = torch.nn.Linear(1, 1).requires_grad_(False)
-    state = resumed(run).restore(model, torch.optim.AdamW(model.parameters()), lambda *_: None, {"step": 0})
+    state = resumed(run).restore(model, torch.optim.AdamW(model.parameters()), lambda *_: None)
     assert state == {"step": 2, "unlogged": unlogged}
     assert [json.loads(line)["step"] for line in (run.out / "metrics.jsonl").read_text().splitlines()] == kept
 
