@@ -13,7 +13,7 @@ import torch
 
 from d1 import draw_indices, forward_process, generator, sft_loss
 from data import TASKS
-from data.format import read_rows
+from data.files import read_rows
 from data.tokenizer import Tokenizer
 from model import LLaDA, Config, add_lora, find_checkpoint, load_weights, save_weights
 from parallel import (Run, Signals, fill_defaults, one_line_errors, optimizer_tensors, pick_dtype, processes,

@@ -3,16 +3,27 @@ import ast
 import functools
 import hashlib
 import itertools
+import operator
 import random
 import re
 from fractions import Fraction
 
-from data.format import FORMAT, closed_answer, default_count, is_formatted, read_rows, write_completion
+import numpy
+
+from data.files import find_file, read_rows
+from data.format import FORMAT, MAX_TEXT, closed_answer, default_count, is_formatted, last_box, write_completion
+from data.published import first_answer, write_published
+
+HUB = ("Jiayi-Pan/Countdown-Tasks-3to4", "data/train-00000-of-00001.parquet")  # what d1 trains on
+NAMES = {"test": ("countdown_cd3_test.jsonl",)}  # in the folder dataset/ of the d1 authors' repository
+HELD_OUT = 500
 
 LARGEST = 20  # generated problems use three numbers from 1 to this and a target up to MAX_TARGET
 MAX_TARGET = 99
 ADDITIVE = 0.75  # share of generated problems that sums and differences alone can solve: a small model can learn those
 NUMBERS, TARGET = re.compile(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*"), re.compile(r" *-?[0-9]{1,9} *")  # of a file's row
+PYTHON_LOOKS = re.compile(r"[\d+\-*/().\s]+")
+LEFT_SIDE = re.compile(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]")
 QUESTION = ("Make an arithmetic expression that equals the target. Use each number exactly once, with + - * / and "
             "parentheses. Put only the expression inside the answer tags.")
 # Shares of the behaviours that the embedded model's demonstrations mix, as the web would (see data/tiny/README.md).
@@ -28,12 +39,12 @@ def load(split, data=None, count=None, seed=0):
 
     split: "train" for RL; "test", held out; "worked" and "mixed", demonstrations for SFT, all worked or a mixture of
     BEHAVIOURS. "test" draws from a part of the problem space that the others never see (`is_held_out`); a longer list
-    begins with the shorter one. data: a file in the published format, JSONL rows {"input": "30,100,93", "output":
-    "23"}, instead of generated problems; count: how many, by default all of the file or format.COUNTS. Raises
-    ValueError naming file and row.
+    begins with the shorter one. data: instead of generated problems those of a file, of d1's dataset/ folder, or of a
+    dataset id (`read_problems`); count: how many, by default all of the file or format.COUNTS. Raises ValueError naming
+    file and row.
     """
     if data is not None:
-        return read_problems(data)[:count]
+        return read_problems(find_file(data, NAMES.get(split, ()), HUB), split)[:count]
     count = default_count(split) if count is None else count
     rng = random.Random(f"countdown-{'test' if split == 'test' else 'train'}-{seed}")
     examples, seen, misses = [], set(), 0
@@ -60,20 +71,45 @@ def is_held_out(numbers, target):
     return hashlib.sha256(f"{sorted(numbers)} {target}".encode()).digest()[0] < 32
 
 
-def read_problems(path):
-    examples = []
-    for row in read_rows(path, ("input", "output")):
-        given, output = str(row["input"]), str(row["output"])
-        if not NUMBERS.fullmatch(given) or not TARGET.fullmatch(output):
-            raise ValueError(f"--data {path}, row {row['row']}: input must be whole numbers like '3,7,12' and output "
-                             f"one integer, each of at most 9 digits, found {row['input']!r}, {row['output']!r}")
-        numbers, target = [int(n) for n in given.split(",")], int(output)
-        if not 2 <= len(numbers) <= 6:
-            raise ValueError(f"--data {path}, row {row['row']}: {len(numbers)} numbers, expected 2 to 6")
-        if target not in values(tuple(numbers)):
-            raise ValueError(f"--data {path}, row {row['row']}: {target} cannot be reached from {numbers}")
-        examples.append({"prompt": write_prompt(numbers, target), "numbers": numbers, "target": target})
-    return examples
+def read_problems(path, split="test"):
+    """Problems of a file in the published format, rows {"input": "30,100,93", "output": "23"}, all of them; or of the
+    training set, rows {"nums": [30, 100, 93], "target": 23}, divided as in d1's code: three numbers only, permuted with
+    seed 42, the last 500 held out.
+    """
+    rows = read_rows(path, ("input", "output"), ("nums", "target"))
+    if "nums" in rows[0]:
+        rows = [{**row, "input": ",".join(map(str, row["nums"])), "output": row["target"]} for row in rows
+                if not isinstance(row["nums"], list) or len(row["nums"]) == 3]
+        if len(rows) <= HELD_OUT:
+            raise ValueError(f"--data {path}: {len(rows)} rows have three numbers, and {HELD_OUT} are held out")
+        order = numpy.random.default_rng(42).permutation(len(rows))
+        rows = [rows[i] for i in (order[-HELD_OUT:] if split == "test" else order[:-HELD_OUT])]
+    return [read_problem(row, path) for row in rows]
+
+
+def read_problem(row, path):
+    given, output = str(row["input"]), str(row["output"])
+    if not NUMBERS.fullmatch(given) or not TARGET.fullmatch(output):
+        raise ValueError(f"--data {path}, row {row['row']}: input must be whole numbers like '3,7,12' and output "
+                         f"one integer, each of at most 9 digits, found {row['input']!r}, {row['output']!r}")
+    numbers, target = [int(n) for n in given.split(",")], int(output)
+    if not 2 <= len(numbers) <= 6:
+        raise ValueError(f"--data {path}, row {row['row']}: {len(numbers)} numbers, expected 2 to 6")
+    if target not in values(tuple(numbers)):
+        raise ValueError(f"--data {path}, row {row['row']}: {target} cannot be reached from {numbers}")
+    return {"prompt": write_prompt(numbers, target), "numbers": numbers, "target": target}
+
+
+def published_prompt(example):
+    return write_published("With the numbers given, each used exactly once, and + - * / write an arithmetic expression "
+                           "that equals the target; only that expression belongs in the box.",
+                           f"Numbers: {example['numbers']}\nTarget: {example['target']}")
+
+
+def published_example(question, truth):
+    """An example from an item of the authors' files."""
+    numbers, target = truth
+    return {"numbers": [int(n) for n in numbers], "target": int(target)}
 
 
 def values(numbers):
@@ -156,38 +192,34 @@ def demonstrate(behaviour, numbers, target, rng):
 
 # ---------------------------------------------------------------- rewards and scores
 
+EXACT = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+         ast.UAdd: operator.pos, ast.USub: operator.neg}
+AS_PYTHON = {**EXACT, ast.Pow: operator.pow, ast.FloorDiv: operator.floordiv}
+
+
+def evaluate(text, operators, number):
+    """The value of an arithmetic expression of at most 200 characters, or None: a walk over its syntax tree that knows
+    constants, which `number` makes, and the `operators`, and nothing else: no names, no calls.
+    """
+    def walk(node):
+        if isinstance(node, ast.Constant):
+            return number(node.value)
+        operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+        return operators[type(node.op)](*map(walk, operands))
+
+    try:
+        return walk(ast.parse(text.strip(), mode="eval").body) if len(text) <= 200 else None
+    except (ValueError, SyntaxError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError, MemoryError):
+        return None  # what is no arithmetic, divides by zero, or exceeds the parser's own limits
+
+
 def safe_value(text):
     """The exact value (Fraction) of an arithmetic expression and its list of numbers, or None.
 
-    Total and bounded for any text: a whitelist of characters, at most 200 of them, then a walk over the syntax tree
-    that knows integer constants, + - * / and signs and nothing else: no powers, no floor division, no names, no calls.
+    Total and bounded for any text: a whitelist of characters, whole numbers, + - * / and signs, at most 200 characters.
     """
-    if len(text) > 200 or not re.fullmatch(r"[0-9+\-*/() ]+", text):
-        return None
-    numbers = []
-
-    def walk(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            numbers.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-            return walk(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
-        if isinstance(node, ast.BinOp):
-            left, right = walk(node.left), walk(node.right)
-            if isinstance(node.op, ast.Add):
-                return left + right
-            if isinstance(node.op, ast.Sub):
-                return left - right
-            if isinstance(node.op, ast.Mult):
-                return left * right
-            if isinstance(node.op, ast.Div) and right:
-                return left / right
-        raise ValueError("not plain arithmetic")
-
-    try:
-        return walk(ast.parse(text.strip(), mode="eval").body), numbers
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the parser's own limits included
-        return None
+    value = evaluate(text, EXACT, Fraction) if re.fullmatch(r"[0-9+\-*/() ]{1,200}", text) else None
+    return None if value is None else (value, [int(n) for n in re.findall("[0-9]+", text)])
 
 
 def is_exact(text, example):
@@ -207,3 +239,28 @@ def score(text, example):
     """accuracy: exact answers; closed: any closed answer; format: the whole text in the shared format."""
     return {"accuracy": float(is_exact(text, example)), "closed": float(closed_answer(text) is not None),
             "format": float(is_formatted(text))}
+
+
+def published_expression(text):
+    r"""Where the authors' evaluation finds the expression: the last box, else the first answer, else all the text;
+    \div, \times, \cdot made operators; of an equation the left side.
+    """
+    text = text[-MAX_TEXT:]
+    found = next(part for part in (last_box(text), first_answer(text), text) if part is not None)
+    found = found.replace(r"\div", "/").replace(r"\times", "*").replace(r"\cdot", "*")
+    equation = LEFT_SIDE.search(found)
+    return equation[1].strip() if equation else found
+
+
+def published(text, example):
+    """The authors' verdict on a completion, and ours. {name: value} with "of", how much there was to get.
+
+    Theirs: Python's value of `published_expression` lies within 1e-5 of the target, its digits are the numbers given.
+    exact: the same expression by the safe evaluator, which knows no decimals, no ** and no //.
+    """
+    expression, numbers = published_expression(text), sorted(example["numbers"])
+    right = len(expression) <= 200 and sorted(map(int, re.findall(r"\d+", expression))) == numbers
+    value = evaluate(expression, AS_PYTHON, float) if right and PYTHON_LOOKS.fullmatch(expression) else None
+    exact = safe_value(expression)
+    return {"published": float(value is not None and abs(value - example["target"]) < 1e-5), "of": 1,
+            "exact": float(exact is not None and exact[0] == example["target"] and sorted(exact[1]) == numbers)}

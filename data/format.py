@@ -1,9 +1,5 @@
-"""The answer format shared by all tasks, in prompts, demonstrations, rewards and scores alike; and reading of files."""
-import csv
-import io
-import json
+"""The answer format shared by all tasks, in prompts, demonstrations, rewards and scores alike."""
 import re
-from pathlib import Path
 
 FORMAT = ("Think first, then answer, with each tag on a line of its own:\n"
           "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
@@ -43,47 +39,23 @@ def is_formatted(text):
     return len(text) <= MAX_TEXT and STRICT.fullmatch(text.strip()) is not None
 
 
-def read_rows(path, columns):
-    """Rows of a JSONL, JSON (list) or CSV file as dicts holding at least `columns`, each with its "row" number from 1.
+def last_box(text):
+    r"""The content of the last \boxed{...} with its braces balanced, None where there is none or it was not closed.
 
-    The row is the line (the last one of a CSV row that spans several), or the place in a JSON list. Strings stay
-    strings, so leading zeros survive. Raises FileNotFoundError or ValueError naming file, row and column.
+    Of `\boxed 5`, with a blank, the text up to the next dollar, wherever that stands: a rule of the MATH graders.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--data {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # tolerates the BOM that spreadsheets write, and CRLF
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data {path}: not UTF-8 text ({error})") from None
-    if path.suffix.lower() == ".csv":
-        numbered = parse_csv(text, path)
-    elif path.suffix.lower() == ".json":
-        rows = parse_json(text, path, 1)
-        if not isinstance(rows, list):
-            raise ValueError(f"--data {path}: not a list of rows; one row per line is .jsonl")
-        numbered = list(enumerate(rows, 1))
-    else:  # split at newlines only: JSON strings may hold the other line ends that splitlines knows
-        numbered = [(n, parse_json(line, path, n)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not numbered:
-        raise ValueError(f"--data {path}: the file holds no rows")
-    for n, row in numbered:
-        absent = [c for c in columns if not isinstance(row, dict) or row.get(c) is None]
-        if absent:
-            raise ValueError(f"--data {path}, row {n}: no {absent[0]!r}; a row needs {', '.join(columns)}")
-    return [{**row, "row": n} for n, row in numbered]
+    text = text[-MAX_TEXT:]
+    if "\\boxed " in text:
+        return text.rpartition("\\boxed ")[2].partition("$")[0]
+    start, depth = text.rfind("\\boxed{"), 0
+    for i in range(start, len(text)) if start >= 0 else ():
+        depth += (text[i] == "{") - (text[i] == "}")
+        if text[i] == "}" and depth == 0:
+            return text[start + len("\\boxed{"):i]
+    return None
 
 
-def parse_csv(text, path):
-    reader = csv.DictReader(io.StringIO(text))
-    try:
-        return [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise ValueError(f"--data {path}, row {reader.line_num + 1}: not CSV ({error})") from None
-
-
-def parse_json(text, path, row):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--data {path}, row {row}: not JSON ({error})") from None
+def final_answer(text):
+    """What the text answers: the box in the last closed answer, or that answer, or the last box; None without any."""
+    answer = closed_answer(text)
+    return last_box(answer or "") or answer or last_box(text)

@@ -4,8 +4,16 @@ import hashlib
 import itertools
 import random
 import re
+from pathlib import Path
 
-from data.format import FORMAT, closed_answer, default_count, is_formatted, read_rows, write_completion
+import numpy
+
+from data.files import find_file, read_rows
+from data.format import FORMAT, MAX_TEXT, closed_answer, default_count, is_formatted, write_completion
+from data.published import END, write_published
+
+# in the folder dataset/ of the d1 authors' repository
+NAMES = {"train": ("4x4_sudoku_unique_puzzles.csv",), "test": ("4x4_test_sudoku.csv",)}
 
 EMPTY_CELLS = 8  # as in the published test file
 QUESTION = ("Solve this four by four Sudoku, given row by row with zero for an empty cell. Every row, column and two "
@@ -24,11 +32,15 @@ def write_prompt(puzzle):
 def load(split, data=None, count=None, seed=0):
     """Puzzles as dicts with "prompt", "puzzle", "solution" (16 digits each); for demonstrations also "completion".
 
-    Splits, `count` and errors as in data/countdown.py. data: CSV in the published format, columns Puzzle and Solution.
-    Generated puzzles have 8 empty cells and exactly one solution.
+    Splits, `count` and errors as in data/countdown.py. data: CSV in the published format, columns Puzzle and Solution,
+    or d1's dataset/ folder, of whose 500 test puzzles those 256 are drawn that d1 evaluates on. Generated puzzles have 8
+    empty cells and exactly one solution.
     """
     if data is not None:
-        return read_puzzles(data)[:count]
+        puzzles = read_puzzles(find_file(data, NAMES.get(split, ())))
+        if split == "test" and Path(data).is_dir():  # d1's draw, choice(500, 256, replace=False) after seed(42)
+            puzzles = [puzzles[i] for i in numpy.random.RandomState(42).permutation(len(puzzles))[:256]]
+        return puzzles[:count]
     count = default_count(split) if count is None else count
     rng = random.Random(f"sudoku-{'test' if split == 'test' else 'train'}-{seed}")
     examples, seen = [], set()
@@ -54,6 +66,11 @@ def is_held_out(puzzle):
 def is_solution(grid):
     """Whether 16 digits satisfy the rules."""
     return all(len({grid[i] for i in cells}) == 4 for cells in (*COLUMNS, *BOXES, *ROWS)) and set(grid) <= set("1234")
+
+
+def solves(grid, puzzle):
+    """Whether 16 digits satisfy the rules and keep the clues."""
+    return is_solution(grid) and all(clue in ("0", digit) for clue, digit in zip(puzzle, grid))
 
 
 @functools.lru_cache(maxsize=1)
@@ -83,10 +100,24 @@ def read_puzzles(path):
         if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
             raise ValueError(f"{where}: a puzzle is 16 digits 0-4 and a solution 16 digits 1-4, "
                              f"found {puzzle!r}, {solution!r}")
-        if not is_solution(solution) or any(p not in ("0", s) for p, s in zip(puzzle, solution)):
+        if not solves(solution, puzzle):
             raise ValueError(f"{where}: {solution} does not solve {puzzle}")
         examples.append({"prompt": write_prompt(puzzle), "puzzle": puzzle, "solution": solution})
     return examples
+
+
+def published_prompt(example):
+    return write_published("Solve this four by four Sudoku: each row, column and two by two box holds 1 to 4 once, zero is "
+                           "an empty cell. The answer is the sixteen digits of the solution, row by row.",
+                           f"Puzzle: {example['puzzle']}")
+
+
+def published_example(question, truth):
+    """An example from an item of the authors' files."""
+    puzzle = re.search(r"(?<![0-9])[0-9]{16}(?![0-9])", question)
+    if puzzle is None or not re.fullmatch("[0-9]{16}", truth):
+        raise ValueError("no puzzle or no solution of 16 digits")
+    return {"puzzle": puzzle[0], "solution": truth}
 
 
 def demonstrate(behaviour, puzzle, solution, rng):
@@ -121,6 +152,45 @@ def reward(text, example):
 def score(text, example):
     """accuracy: solved by the rules, clues kept; cells: the published metric; closed, format: as in Countdown."""
     grid = fill(text)
-    solved = grid is not None and is_solution(grid) and all(p in ("0", g) for p, g in zip(example["puzzle"], grid))
-    return {"accuracy": float(solved), "cells": cell_share(grid, example),
+    return {"accuracy": float(grid is not None and solves(grid, example["puzzle"])), "cells": cell_share(grid, example),
             "closed": float(closed_answer(text) is not None), "format": float(is_formatted(text))}
+
+
+# ---------------------------------------------------------------- the authors' evaluation
+
+FENCED, BEFORE_END = re.compile(r"```([\d\s]++)```"), re.compile(r"(\d{16})\s*+</answer>")
+ALONE = re.compile(r"\b(\d{16})\b")
+
+
+def published_grid(text):
+    """The digits, or whatever stands there, that the authors' evaluation takes for the solution; blanks removed.
+
+    The first that is not blank of: digits fenced by ``` after <answer>; what follows <answer> up to an end tag or end
+    token; what follows </answer>; 16 digits before </answer>; 16 digits anywhere.
+    """
+    text = text[:MAX_TEXT]
+    answer, after = text.partition("<answer>")[2], text.partition("</answer>")[2]
+    fenced = FENCED.search(answer)
+    parts = [fenced[1] if fenced else "", before(answer, (*END, "</answer>"), default=""),
+             before(after.lstrip(), END, default=after),
+             *(match[1] for pattern in (BEFORE_END, ALONE) if (match := pattern.search(text)))]
+    return re.sub(r"\s", "", next((part for part in parts if part.strip()), ""))
+
+
+def before(text, ends, default):
+    """`text` up to the first of `ends`, or `default` where it holds none."""
+    found = [i for i in map(text.find, ends) if i >= 0]
+    return text[:min(found)] if found else default
+
+
+def published(text, example):
+    """The authors' verdict on a completion, and ours. {name: value}; "published" cells right of "of" empty ones.
+
+    Theirs: `published_grid`, filled up with zeros or cut to 16, against the stored solution in the empty cells. exact:
+    that grid, as it stands, solves the puzzle by the rules and keeps the clues. valid: it is 16 digits from 1 to 4.
+    """
+    grid, puzzle = published_grid(text), example["puzzle"]
+    filled = grid.ljust(16, "0")[:16]
+    valid = re.fullmatch("[1-4]{16}", grid) is not None
+    return {"published": sum(filled[i] == example["solution"][i] for i in range(16) if puzzle[i] == "0"),
+            "of": puzzle.count("0"), "exact": float(valid and solves(grid, puzzle)), "valid": float(valid)}

@@ -20,7 +20,8 @@ from conftest import ROOT, golden
 
 from data import TASKS, countdown, sudoku
 from data.countdown import demonstrate, expression, is_held_out, safe_value, solutions, values
-from data.format import MAX_TEXT, closed_answer, is_formatted, read_rows, write_completion
+from data.files import read_rows
+from data.format import MAX_TEXT, closed_answer, is_formatted, write_completion
 from data.tokenizer import BOS, CONTROL, EOS, EOT, HEADER, MASK, Tokenizer, train_bpe
 from model import Config
 
@@ -179,7 +180,7 @@ def test_train_bpe_and_save(tmp_path):
 
 # ---------------------------------------------------------------- both tasks: generated examples
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["countdown", "sudoku"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_load_is_seeded_and_longer_begins_with_shorter(task, split):
     long = examples(task, split)
@@ -198,7 +199,7 @@ def test_examples_are_frozen(task, split, digest):
     assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["countdown", "sudoku"])
 def test_shares_of_behaviours_and_their_rewards(task):
     rows, counted = examples(task, "mixed", 3000), Counter()
     for example in rows:
@@ -519,7 +520,7 @@ BAIT = [R + "\n" * 2 * HALF, R + "a" * 2 * HALF, R + "<" * 2 * HALF, R + "<reaso
 
 
 @pytest.mark.parametrize("text", BAIT, ids=short)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["countdown", "sudoku"])
 def test_bait_is_graded_in_bounded_time(task, text):
     example = examples(task, "train")[0]
     for call in (TASKS[task].reward, TASKS[task].score):
