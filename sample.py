@@ -6,28 +6,37 @@
 
 `generate` works on tensors; `complete` turns prompts into texts and is the one path for RL rollouts and for evaluation.
 
-    python sample.py --task countdown --split test           evaluate, every generation in a JSONL file
+    python sample.py --task countdown                        evaluate, every generation in a JSONL file
+    python sample.py --task all --gen_length 128 256 512     the paper's table
+    python sample.py --regrade FOLDER                        grade generations again, ours or the d1 authors'
     python sample.py --task countdown --watch                watch one problem being solved
     python sample.py --prompt "What is 7 * 3?"               answer
 """
 import argparse
+import json
 import shutil
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from d1 import completion_mask, generator
 from data import TASKS
+from data.published import PAPER, PREFILL, find_generations, grade, graded_row, paper
 from data.tokenizer import Tokenizer
 from model import Config, LLaDA, find_checkpoint
-from parallel import Run, fill_defaults, free_folder, one_line_errors, pick_dtype, processes, progress
+from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder, one_line_errors, pick_dtype, processes,
+                      progress, write_text)
 
 # option: (the paper's value, the embedded model's)
 SAMPLING = {"gen_length": (256, 32), "diffusion_steps": (128, 32), "block_length": (32, 8), "rollout_batch": (8, 128)}
+# what a resumed evaluation may not change
+FIXED = ("task", "split", "data", "model", "published_prompts", "seed", "diffusion_steps", "block_length", "temperature",
+         "cfg_scale", "remasking", "dtype")
 
 
 @dataclass
@@ -168,34 +177,56 @@ def complete(model, tokenizer, prompts, *, keys, rollout_batch, gen_length, **sa
     return Completions(ids, [tokenizer.decode(row) for row in ids.tolist()], lengths, unmasked_at)
 
 
-def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate", droppable=nullcontext, **sampling):
+def encode_prompts(examples, tokenizer, room, procs):
+    """Give each example its "ids": the prompt, then what its completion must begin with ("prefill", if it has one).
+
+    Returns the examples without those of more than `room` tokens, which are counted and reported, never cut.
+    """
+    for example in examples:
+        example["ids"] = tokenizer.encode_prompt(example["prompt"]) + tokenizer.encode(example.get("prefill", ""))
+    fitting = [example for example in examples if len(example["ids"]) <= room]
+    if len(fitting) < len(examples):
+        procs.print(f"skipped {len(examples) - len(fitting)} of {len(examples)} prompts: they leave no room for the "
+                    f"completion, which begins at {room} tokens at the latest")
+    return fitting
+
+
+def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate", droppable=nullcontext, rows=(),
+             keep=None, **sampling):
     """Complete every example and score it. Returns ({metric: mean}, rows): all rows, in order, on every process.
 
-    Each row holds the example's index, prompt, completion, its metrics and its effective tokens (before the first EOS).
-    droppable: of parallel.Signals, where a signal may end the work.
+    A row holds the example, its index, completion and metrics, its effective tokens (before the first EOS), and whether
+    it ended. droppable: of parallel.Signals, where a signal may end the work; rows: of the first examples, done already;
+    keep(rows): is given those of each round of batches, in order.
     """
-    indices, rows = list(range(len(examples)))[procs.rank::procs.world], []
-    size = sampling["rollout_batch"]
+    rows, size = list(rows), sampling["rollout_batch"] * procs.world
     model.eval()
-    with droppable() as check:
-        for start, show in progress(range(0, len(indices), size), procs, describe):
-            part = indices[start:start + size]
-            done = complete(model, tokenizer, [examples[i]["prompt"] for i in part], on_step=check,
-                            keys=[(seed, "evaluate", i) for i in part], **sampling)
-            for i, text, length in zip(part, done.texts, done.lengths.tolist()):
-                metrics = task.score(text, examples[i])
-                rows.append({"index": i, "prompt": examples[i]["prompt"], "completion": text, **metrics,
-                             "effective_tokens": length})
-            show(accuracy=f"{sum(r['accuracy'] for r in rows) / len(rows):.1%}")
-    rows = sorted(procs.gather(rows), key=lambda row: row["index"])
-    names = [name for name in rows[0] if name not in ("index", "prompt", "completion")]
+    for start, show in progress(range(len(rows), len(examples), size), procs, describe):
+        indices = range(start, min(start + size, len(examples)))
+        part = indices[procs.rank::procs.world] or indices[:1]  # nobody idle: all run equally many forward passes
+        with droppable() as check:
+            done = complete(model, tokenizer, [examples[i].get("ids") or examples[i]["prompt"] for i in part],
+                            keys=[(seed, "evaluate", i) for i in part], on_step=check, **sampling)
+        found = {}
+        for i, text, length in zip(part, done.texts, done.lengths.tolist()):
+            text, example = examples[i].get("prefill", "") + text, {**examples[i]}
+            example.pop("ids", None)
+            found[i] = {"index": i, **example, "completion": text, **task.score(text, example),
+                        "effective_tokens": length, "ended": length < sampling["gen_length"]}
+        found = {row["index"]: row for row in procs.gather(list(found.values()))}
+        rows += [found[i] for i in indices]
+        if keep:
+            keep([found[i] for i in indices])
+        show(accuracy=f"{sum(row['accuracy'] for row in rows) / len(rows):.1%}")
+    names = [*task.score("", examples[0]), "effective_tokens"]
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows
 
 
 # ---------------------------------------------------------------- command line
 
-def add_sampling_options(p):
-    p.add_argument("--gen_length", type=int, help="completion tokens; d1: 256")
+def add_sampling_options(p, several=False):
+    p.add_argument("--gen_length", type=int, nargs="+" if several else None,
+                   help="completion tokens" + ", one or several" * several + "; d1: 256")
     p.add_argument("--diffusion_steps", type=int, help="forward passes per completion; d1: gen_length / 2")
     p.add_argument("--block_length", type=int, help="tokens per block, filled left to right; d1: 32")
     p.add_argument("--rollout_batch", type=int, help="rows per forward pass while sampling")
@@ -206,13 +237,19 @@ def parse_args(argv=None):
     p.add_argument("--model", default="data/tiny", help="checkpoint folder or hub id")
     p.add_argument("--prompt", help="answer this prompt")
     p.add_argument("--watch", action="store_true", help="show the canvas filling in, coloured by step")
-    p.add_argument("--task", choices=sorted(TASKS), help="evaluate this task; with --watch, show one of its problems")
+    p.add_argument("--task", choices=(*sorted(TASKS), "all"),
+                   help="evaluate this task, or all; with --watch, show one of its problems")
+    p.add_argument("--regrade", nargs="+", metavar="PATH", help="grade files of generations, or all in a folder")
     p.add_argument("--split", default="test", help="test (held out) or train")
-    p.add_argument("--data", help="evaluate the problems of this file instead of generated ones")
-    p.add_argument("--count", type=int, help="how many problems; default: all of the file, or 512 generated ones")
-    p.add_argument("--out", help="folder for generations.jsonl and summary.json, default runs/sample-<task>")
+    p.add_argument("--data", help="a file of problems, a folder with the published ones, or a dataset id; default: "
+                   "generated problems for countdown and sudoku, the public dataset for gsm8k and math500")
+    p.add_argument("--count", type=int, help="how many problems; default: all there are, or 512 generated ones")
+    p.add_argument("--published_prompts", action="store_true",
+                   help="the prompts of the d1 authors' evaluation (answer in a box) instead of training's")
+    p.add_argument("--out", help="folder for <task>_<length>.jsonl and summary.json, default runs/sample-<task>")
+    p.add_argument("--resume", action="store_true", help="go on with the half-finished evaluation in --out")
     p.add_argument("--seed", type=int, default=0)
-    add_sampling_options(p)
+    add_sampling_options(p, several=True)
     p.add_argument("--temperature", type=float, default=0.0, help="of the Gumbel noise; d1: 0 in evaluation, 0.9 in RL")
     p.add_argument("--cfg_scale", type=float, default=0.0, help="classifier-free guidance; d1: 0")
     p.add_argument("--remasking", choices=("low_confidence", "random"), default="low_confidence")
@@ -267,45 +304,144 @@ def answer(model, tokenizer, prompt, args, sampling):
         print(done.texts[0])
 
 
+def pick_schedules(args, config):
+    """[(gen_length, diffusion_steps)]: steps that are not given keep the share of the length they have by default."""
+    usual = argparse.Namespace(**dict.fromkeys(SAMPLING))
+    fill_defaults(usual, SAMPLING, config)
+    given = args.diffusion_steps
+    fill_defaults(args, SAMPLING, config)
+    lengths = args.gen_length if isinstance(args.gen_length, list) else [args.gen_length]
+    schedules = [(length, given or max(1, length * usual.diffusion_steps // usual.gen_length)) for length in lengths]
+    for length, steps in schedules:
+        check_schedule(length, steps, args.block_length)
+    return schedules
+
+
+def read_problems(args, task, tokenizer, room, procs):
+    """The encoded problems of one task."""
+    examples = TASKS[task].load(args.split, data=args.data, count=args.count)
+    if args.published_prompts:
+        examples = [{**e, "prompt": TASKS[task].published_prompt(e), "prefill": PREFILL} for e in examples]
+    examples = encode_prompts(examples, tokenizer, room, procs)
+    if not examples:
+        raise ValueError(f"no problems of {task} to evaluate: --count must be at least 1")
+    return examples
+
+
+def read_done(path, examples):
+    """The rows of an evaluation that was interrupted; a last line that is torn is dropped, also from the file."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    for row, example in zip(rows, examples):
+        if row["prompt"] != example["prompt"]:
+            raise ValueError(f"{path}, row {row['index'] + 1}: of other problems than these, name another --out")
+    if lines:
+        write_text(path, "".join(line + "\n" for line in lines[:len(examples)]))
+    return rows[:len(examples)]
+
+
+def evaluate_into(run, task, model, tokenizer, examples, procs, signals, seed, sampling):
+    """One evaluation, its rows written as they come. Returns what summary.json says of it."""
+    file, start = f"{task}_{sampling['gen_length']}.jsonl", time.monotonic()
+    with one_line_errors():
+        done = procs.gather(read_done(run.out / file, examples) if procs.is_main else [])
+    metrics, rows = evaluate(model, tokenizer, TASKS[task], examples, procs, seed, file.removesuffix(".jsonl"),
+                             droppable=signals.droppable, rows=done, keep=lambda new: run.log(file, new), **sampling)
+    seconds, new = time.monotonic() - start, len(rows) - len(done)
+    if hasattr(TASKS[task], "published"):
+        metrics |= grade(TASKS[task], [graded_row(row) for row in rows])
+    return {"task": task, "gen_length": sampling["gen_length"], "diffusion_steps": sampling["diffusion_steps"],
+            "problems": len(rows), **metrics, "tokens_per_second": new * sampling["gen_length"] / seconds,
+            "seconds": seconds}
+
+
+def table(rows):
+    """Lines of aligned columns, a line of names first, from dicts of texts and numbers; shares as per cent."""
+    def cell(name, value):
+        if isinstance(value, float):
+            return f"{value:.1f}" if name in ("effective_tokens", "tokens_per_second", "paper") else f"{value:.2%}"
+        return "" if value is None else str(value)
+
+    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    lines = [names, *([cell(name, row.get(name)) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(rest, widths[1:]))]).rstrip()
+                     for first, *rest in lines)
+
+
+def beside_the_paper(results, model):
+    """Our accuracy by the published rules above the paper's table, where that has the task and length; else nothing."""
+    known = [r for r in results if paper("LLaDA-8B-Instruct", r["task"], r["gen_length"]) is not None]
+    ours = {f"{r['task']} {r['gen_length']}": r["published"] for r in known}
+    theirs = [{"by the published rules": name} | {f"{r['task']} {r['gen_length']}":
+                                                  paper(name, r["task"], r["gen_length"]) / 100 for r in known}
+              for name in PAPER]
+    return "\n" + table([{"by the published rules": model, **ours}, *theirs]) if known else ""
+
+
+def regrade(paths):
+    """Print a table of generations that lie in files. Returns {name: result}."""
+    results = {}
+    for name, (task, length, rows) in find_generations(paths, TASKS).items():
+        results[name] = {"problems": len(rows), **grade(TASKS[task], rows),
+                         "paper": paper("LLaDA-8B-Instruct", task, length)}
+    print(table([{"generations": name, **result} for name, result in results.items()]))
+    return results
+
+
 def main(args):
-    with processes(args.device) as procs:
+    if args.regrade:
         with one_line_errors():
+            return regrade(args.regrade)
+    with processes(args.device) as procs, Signals(procs) as signals:
+        with one_line_errors():
+            if args.prompt is None and args.task is None:
+                raise ValueError("--task, --prompt or --regrade is needed: what should be done?")
+            tasks = sorted(TASKS) if args.task == "all" else [args.task] if args.task else []
+            if len(tasks) > 1 and args.data and Path(args.data).is_file():
+                raise ValueError(f"--data {args.data}: one file cannot hold the problems of all tasks, name a folder")
             folder = find_checkpoint(args.model)
             config = Config.from_folder(folder)
-            fill_defaults(args, SAMPLING, config)
-            check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
+            schedules = pick_schedules(args, config)
             if args.temperature < 0 or args.rollout_batch < 1:
                 raise ValueError("--temperature must not be negative and --rollout_batch must be at least 1")
             dtype = pick_dtype(args.dtype, procs.device)
             tokenizer = Tokenizer.from_folder(folder, config)
-            if args.prompt is None and args.task is None:
-                raise ValueError("--task or --prompt is needed: what should be answered?")
+            room = config.max_sequence_length - max(length for length, _ in schedules)
+            problems = {task: read_problems(args, task, tokenizer, room, procs) for task in tasks}
             sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature", "cfg_scale", "remasking")}
-            if args.task:
-                examples = TASKS[args.task].load(args.split, data=args.data, count=args.count)
-                if not examples:
-                    raise ValueError("no problems to evaluate: --count must be at least 1")
+            sampling["gen_length"], sampling["diffusion_steps"] = schedules[0]
+            answering = args.prompt is not None or args.watch
             model = LLaDA.from_pretrained(folder, procs.device, dtype).eval()
-            if args.prompt is None and not args.watch:
-                options = {**vars(args), "device": procs.device, "dtype": dtype}
-                run = Run(args.out or free_folder(f"runs/sample-{args.task}"), options, procs)
-        if args.prompt is not None or args.watch:
-            prompt = args.prompt if args.prompt is not None else examples[0]["prompt"]
+            if not answering:
+                out = args.out or f"runs/sample-{args.task}"
+                run = Run(out if args.out or args.resume else free_folder(out),
+                          {**vars(args), "device": procs.device, "dtype": dtype}, procs, args.resume, FIXED)
+        if answering:
+            prompt = args.prompt if args.prompt is not None else problems[tasks[0]][0]["prompt"]
             if args.prompt is None:
                 print(prompt.split("\n\n", 2)[-1] + "\n")
             return answer(model, tokenizer, prompt, args, sampling)
-        start = time.monotonic()
-        metrics, rows = evaluate(model, tokenizer, TASKS[args.task], examples, procs, args.seed, args.task, **sampling)
-        seconds = time.monotonic() - start
-        run.log("generations.jsonl", rows)
-        summary = {"task": args.task, "problems": len(rows), **metrics,
-                   "tokens_per_second": len(rows) * args.gen_length / seconds, "seconds": seconds, "model": args.model,
-                   "device": str(procs.device), "dtype": str(dtype).removeprefix("torch."), **sampling,
-                   "seed": args.seed}
+        results = []
+        try:
+            for task, examples in problems.items():
+                for length, steps in schedules:
+                    results.append(evaluate_into(run, task, model, tokenizer, examples, procs, signals, args.seed,
+                                                 sampling | {"gen_length": length, "diffusion_steps": steps}))
+        except Stopped:
+            procs.print(f"stopped; the same command with --resume --out {run.out} goes on")
+            raise SystemExit(STOPPED) from None
+        settings = {"model": args.model, "data": args.data, "split": args.split, "device": str(procs.device),
+                    "dtype": str(dtype).removeprefix("torch."), "processes": procs.world, "seed": args.seed,
+                    **{name: getattr(args, name) for name in ("rollout_batch", "block_length", "temperature", "cfg_scale",
+                                                              "remasking", "published_prompts")}}
+        summary = {**settings, "results": results}
         run.finish(summary)
-        for name, value in summary.items():
-            procs.print(f"{name:>18}  {value:.4g}" if isinstance(value, float) else f"{name:>18}  {value}")
-        procs.print(f"every generation is in {run.out}/generations.jsonl")
+        hidden = ("seconds", "diffusion_steps")
+        procs.print(table([{k: v for k, v in result.items() if k not in hidden} for result in results])
+                    + beside_the_paper(results, args.model))
+        procs.print(" ".join(f"{name}={value}" for name, value in settings.items() if value is not None))
+        procs.print(f"every generation is in {run.out}")
         return summary
 
 

@@ -104,9 +104,9 @@ def read_ours(path, tasks):
     if name is None:
         raise ValueError(f"--regrade {path}: the name must be <task>_<length>.jsonl")
     rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         try:
-            rows.append(graded_row(json.loads(line)))
+            rows += [graded_row(json.loads(line))] if line else []
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--regrade {path}, row {n}: not a generation ({error!r})") from None
     return str(path.with_suffix("")), name[1], int(name[2]), rows

@@ -162,9 +162,9 @@ def call(*words):
 
 def test_evaluation_writes_every_generation(tmp_path, capsys):
     summary = call("--task", "countdown", "--count", 5, "--out", tmp_path / "run", "--rollout_batch", 2)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "countdown_32.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
-    assert summary["accuracy"] == sum(row["accuracy"] for row in rows) / 5
+    assert summary["results"][0]["accuracy"] == sum(row["accuracy"] for row in rows) / 5
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["dtype"] == "float32"
     shown = capsys.readouterr().out
     for word in ("accuracy", "format", "effective_tokens", "tokens_per_second", "device", "dtype", "block_length"):
@@ -176,7 +176,7 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path):
     for batch in (1, 4):
         call("--task", "sudoku", "--count", 4, "--temperature", 0.9, "--out", tmp_path / str(batch),
              "--rollout_batch", batch)
-        lines = (tmp_path / str(batch) / "generations.jsonl").read_text().splitlines()
+        lines = (tmp_path / str(batch) / "sudoku_32.jsonl").read_text().splitlines()
         texts.append([json.loads(line)["completion"] for line in lines])
     assert texts[0] == texts[1]
 
@@ -211,7 +211,7 @@ def test_the_canvas_is_redrawn_in_place_on_a_terminal(tiny):
 
 
 @pytest.mark.parametrize("words, message", [
-    ([], "--task or --prompt is needed"),
+    ([], "--task, --prompt or --regrade is needed"),
     (["--model", "nowhere", "--prompt", "x"], "--model nowhere: no such folder"),
     (["--task", "countdown", "--data", "nofile.jsonl"], "--data nofile.jsonl: no such file"),
     (["--prompt", "x", "--device", "cuda"], "no CUDA GPU"),
