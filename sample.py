@@ -29,14 +29,14 @@ from data import TASKS
 from data.published import PAPER, PREFILL, find_generations, grade, graded_row, paper
 from data.tokenizer import Tokenizer
 from model import Config, LLaDA, find_checkpoint
-from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder, one_line_errors, pick_dtype, processes,
-                      progress, write_text)
+from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder, one_line_errors, pick_dtype,
+                      processes, progress, write_text)
 
 # option: (the paper's value, the embedded model's)
 SAMPLING = {"gen_length": (256, 32), "diffusion_steps": (128, 32), "block_length": (32, 8), "rollout_batch": (8, 128)}
 # what a resumed evaluation may not change
-FIXED = ("task", "split", "data", "model", "published_prompts", "seed", "diffusion_steps", "block_length", "temperature",
-         "cfg_scale", "remasking", "dtype")
+FIXED = ("task", "split", "data", "model", "published_prompts", "seed", "diffusion_steps", "block_length",
+         "temperature", "cfg_scale", "remasking", "dtype")
 
 
 @dataclass
@@ -196,8 +196,8 @@ def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate",
     """Complete every example and score it. Returns ({metric: mean}, rows): all rows, in order, on every process.
 
     A row holds the example, its index, completion and metrics, its effective tokens (before the first EOS), and whether
-    it ended. droppable: of parallel.Signals, where a signal may end the work; rows: of the first examples, done already;
-    keep(rows): is given those of each round of batches, in order.
+    it ended. droppable: of parallel.Signals, where a signal may end the work; rows: of the first examples, done
+    already; keep(rows): is given those of each round of batches, in order.
     """
     rows, size = list(rows), sampling["rollout_batch"] * procs.world
     model.eval()
@@ -433,8 +433,8 @@ def main(args):
             raise SystemExit(STOPPED) from None
         settings = {"model": args.model, "data": args.data, "split": args.split, "device": str(procs.device),
                     "dtype": str(dtype).removeprefix("torch."), "processes": procs.world, "seed": args.seed,
-                    **{name: getattr(args, name) for name in ("rollout_batch", "block_length", "temperature", "cfg_scale",
-                                                              "remasking", "published_prompts")}}
+                    **{name: getattr(args, name) for name in ("rollout_batch", "block_length", "temperature",
+                                                              "cfg_scale", "remasking", "published_prompts")}}
         summary = {**settings, "results": results}
         run.finish(summary)
         hidden = ("seconds", "diffusion_steps")

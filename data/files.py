@@ -34,14 +34,14 @@ def fetch(dataset, name):
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         path, reason = None, str(error).strip().splitlines()[0]
     if path is None or not path.is_file():
-        raise FileNotFoundError(f"--data {dataset}: {name} is neither cached nor reachable ({reason}); where there is a "
-                                f"network run: hf download {dataset} {name} --repo-type dataset; or name a local file "
-                                "with --data")
+        raise FileNotFoundError(f"--data {dataset}: {name} is neither cached nor reachable ({reason}); where there is "
+                                f"a network run: hf download {dataset} {name} --repo-type dataset; or name a local "
+                                "file with --data")
     return path
 
 
 def read_rows(path, columns, *others):
-    """Rows of a JSONL, JSON (list), CSV or parquet file as dicts holding at least `columns`, each with its "row" from 1.
+    """Rows of a JSONL, JSON (list), CSV or parquet file as dicts holding at least `columns`, and "row" from 1.
 
     others: other columns that the file may have in their stead. The row is the line (the last one of a CSV row that
     spans several), or the place in a list. Strings stay strings, so leading zeros survive. Raises FileNotFoundError or
@@ -100,7 +100,7 @@ def parse_parquet(path):
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError:
-        raise ValueError(f"--data {path}: parquet needs pyarrow: pip install pyarrow, or give the rows as JSONL") from None
+        raise ValueError(f"--data {path}: parquet needs pyarrow: pip install pyarrow, or give rows as JSONL") from None
     try:
         return parquet.read_table(path).to_pylist()
     except ArrowInvalid as error:

@@ -1,4 +1,4 @@
-r"""MATH (arXiv:2103.03874): competition problems, the answer in LaTeX; trained on its train set, evaluated on MATH-500."""
+r"""MATH (arXiv:2103.03874): competition problems, answers in LaTeX; trained on its train set, evaluated on MATH-500."""
 import re
 
 from data.files import SUFFIXES, find_file, read_rows
@@ -43,7 +43,7 @@ def published_example(question, truth):
 # ---------------------------------------------------------------- when two LaTeX answers are the same
 
 def brace_arguments(text, command, count):
-    r"""Write the arguments of `command` that stand without braces with them: \sqrt3, \frac1b, \frac1{72}, not \frac{72}1.
+    r"""Put braces around the arguments of `command` that lack them: \sqrt3, \frac1b, \frac1{72}, but not \frac{72}1.
 
     count: of its arguments. None where an argument is missing.
     """

@@ -59,12 +59,14 @@ def find_generations(paths, tasks):
     """
     found = {}
     for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"--regrade {path}: no such file or folder")
         files = [path]
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if NAME.fullmatch(p.name) or p.suffix == ".jsonl" and ours(p, tasks))
-        if not files or not path.exists():
-            raise FileNotFoundError(f"--regrade {path}: " + ("no generations in this folder, neither *_generations.json "
-                                    "nor <task>_<length>.jsonl" if path.exists() else "no such file or folder"))
+            files = sorted(p for p in path.iterdir() if NAME.fullmatch(p.name) or ours(p, tasks))
+        if not files:
+            raise FileNotFoundError(f"--regrade {path}: no generations in this folder, neither *_generations.json nor "
+                                    "<task>_<length>.jsonl")
         for file in files:
             name, task, length, rows = (read_theirs if file.suffix == ".json" else read_ours)(file, tasks)
             if name in found and found[name][:2] != (task, length):

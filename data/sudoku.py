@@ -33,8 +33,8 @@ def load(split, data=None, count=None, seed=0):
     """Puzzles as dicts with "prompt", "puzzle", "solution" (16 digits each); for demonstrations also "completion".
 
     Splits, `count` and errors as in data/countdown.py. data: CSV in the published format, columns Puzzle and Solution,
-    or d1's dataset/ folder, of whose 500 test puzzles those 256 are drawn that d1 evaluates on. Generated puzzles have 8
-    empty cells and exactly one solution.
+    or d1's dataset/ folder, of whose 500 test puzzles those 256 are drawn that d1 evaluates on. Generated puzzles have
+    8 empty cells and exactly one solution.
     """
     if data is not None:
         puzzles = read_puzzles(find_file(data, NAMES.get(split, ())))
@@ -107,8 +107,8 @@ def read_puzzles(path):
 
 
 def published_prompt(example):
-    return write_published("Solve this four by four Sudoku: each row, column and two by two box holds 1 to 4 once, zero is "
-                           "an empty cell. The answer is the sixteen digits of the solution, row by row.",
+    return write_published("Solve this four by four Sudoku: each row, column and two by two box holds 1 to 4 once, "
+                           "zero is an empty cell. The answer is the sixteen digits of the solution, row by row.",
                            f"Puzzle: {example['puzzle']}")
 
 

@@ -52,7 +52,8 @@ def test_the_papers_first_row(generations):
     assert [round(100 * found[task][2]["published"], 2) for task in ("math500", "countdown", "sudoku", "gsm8k")] == [
         32.40, 19.53, 6.69, 76.37]
     for task, (_, _, result) in found.items():  # the paper gives one decimal; of GSM8K 1,130 of 1,319 items are there
-        assert abs(100 * result["published"] - paper("LLaDA-8B-Instruct", task, 256)) < (0.4 if task == "gsm8k" else 0.05)
+        far = abs(100 * result["published"] - paper("LLaDA-8B-Instruct", task, 256))
+        assert far < (0.4 if task == "gsm8k" else 0.05)
 
 
 def their_number(text):
@@ -99,8 +100,8 @@ def their_expression(text):
 
 def mutated(texts, rng):
     """Texts cut, doubled and spliced at places that matter to the rules."""
-    pieces = ["<answer>", "</answer>", "\\boxed{", "\\boxed ", "}", "{", "=", "```", *END, "1234", "4321" * 4, "\n", " ",
-              "3 + 4", "$", "\\times", "1,000", "...", "\\boxed{}", "."]
+    pieces = ["<answer>", "</answer>", "\\boxed{", "\\boxed ", "}", "{", "=", "```", *END, "1234", "4321" * 4, "\n",
+              " ", "3 + 4", "$", "\\times", "1,000", "...", "\\boxed{}", "."]
     for text in texts:
         places = [m.start() for m in re.finditer(r"<|\\boxed|\}|=|\d{4}", text)] or [0]
         a, b = sorted((rng.choice(places), rng.choice(places)))
@@ -177,7 +178,8 @@ def test_generations_that_cannot_be_graded_are_named(tmp_path, name, content, wo
 # ---------------------------------------------------------------- graders and rewards
 
 @pytest.mark.parametrize("text, box, answer", [
-    (r"\boxed{5}", "5", "5"), (r"\boxed{\frac{1}{2}} or \boxed{3}", "3", "3"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", r"\frac{1}{2}"),
+    (r"\boxed{5}", "5", "5"), (r"\boxed{\frac{1}{2}} or \boxed{3}", "3", "3"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", r"\frac{1}{2}"),
     (r"\boxed{5", None, None), ("5", None, None), (r"$\boxed 7$ is it", "7", "7"),
     (r"\boxed{1}<answer>2</answer>", "1", "2"), (r"\boxed{1}<answer>so \boxed{2}</answer>", "2", "2"),
     (r"<answer>\boxed{}32</answer>", "", r"\boxed{}32"), (r"<answer></answer>\boxed{5}", "5", "5")])
@@ -232,8 +234,9 @@ def test_math_reward(text, parts):
     (r"\frac{72}1", r"\frac{72}1"), ("1/2", r"\frac{1}{2}"), ("-3/4", r"\frac{-3}{4}"), ("0.5", r"\frac{1}{2}"),
     (".25", "0.25"), (r"{.25}", "{0.25}"), (r"\sqrt3", r"\sqrt{3}"), (r"2 \sqrt {5}", r"2\sqrt{}{5}"),
     (r"\left( 1, 2 \right)", "(1,2)"), (r"90^\circ", "90"), (r"90^{\circ}", "90"), (r"\$36", "36"), (r"10\%", "10"),
-    (r"5.4 \text{ cents}", "5.4"), ("x = 5", "5"), ("ab=5", "5"), ("abc=5", "abc=5"), ("a=b=5", "a=b=5"), ("1,\\!000", "1,000"),
-    ("", ""), (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\2\end{pmatrix}"), ("02/3", "02/3"),
+    (r"5.4 \text{ cents}", "5.4"), ("x = 5", "5"), ("ab=5", "5"), ("abc=5", "abc=5"), ("a=b=5", "a=b=5"),
+    ("1,\\!000", "1,000"), ("", ""),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\2\end{pmatrix}"), ("02/3", "02/3"),
     (r"\frac", None), (r"\sqrt", None), ("a/b", None), (r"\text{ a}\text{ b}", None), (r"\frac1", r"\frac1")])
 def test_normalise(text, form):
     assert math500.normalise(text) == form
@@ -246,8 +249,8 @@ def test_answers_without_a_canonical_form_are_compared_as_they_stand():
 
 @pytest.mark.parametrize("text, right", [
     (r"\boxed{18}", True), (r"\boxed{1,000} \boxed{18}", False), (r"\boxed{...} \boxed{18}", True),
-    ("<answer>7 + 11 = 18</answer>", True), ("18", False), (r"\boxed{18 eggs}", True), (r"\boxed{} <answer>18</answer>", True),
-    ("\\boxed{a\n18}", False), (r"\boxed{nan} \boxed{18}", False)])
+    ("<answer>7 + 11 = 18</answer>", True), ("18", False), (r"\boxed{18 eggs}", True),
+    (r"\boxed{} <answer>18</answer>", True), ("\\boxed{a\n18}", False), (r"\boxed{nan} \boxed{18}", False)])
 def test_gsm8k_published(text, right):
     assert gsm8k.published(text, EXAMPLES["gsm8k"])["published"] == right
 
@@ -267,7 +270,8 @@ def test_countdown_published(text, published, exact):
     assert countdown.published(text, COUNTDOWN) == {"published": published, "of": 1, "exact": exact}
 
 
-@pytest.mark.parametrize("expression, numbers, target", [("2**3", [2, 3], 8), ("7//2", [2, 7], 3), ("3.5*2", [3, 5, 2], 7)])
+@pytest.mark.parametrize("expression, numbers, target", [
+    ("2**3", [2, 3], 8), ("7//2", [2, 7], 3), ("3.5*2", [3, 5, 2], 7)])
 def test_countdown_published_knows_what_python_knows_and_exact_does_not(expression, numbers, target):
     found = countdown.published(f"\\boxed{{{expression}}}", {"numbers": numbers, "target": target})
     assert (found["published"], found["exact"]) == (1, 0)
@@ -276,9 +280,9 @@ def test_countdown_published_knows_what_python_knows_and_exact_does_not(expressi
 @pytest.mark.parametrize("text, right, exact, valid", [
     ("<answer>3142243142131324</answer>", 8, 1, 1), ("<answer>\n3142 2431\n4213 1324<|eot_id|>", 8, 1, 1),
     ("<answer>see ```3142243142131324```</answer>", 8, 1, 1), ("</answer> 3142243142131324<|endoftext|>", 8, 1, 1),
-    ("3142243142131324", 8, 1, 1), ("<answer>31422431</answer>", 4, 0, 0), ("<answer>31422431421313244</answer>", 8, 0, 0),
-    ("<answer>3142243142131324", 8, 1, 1), ("<answer>", 0, 0, 0), ("", 0, 0, 0), ("<answer></answer><|eot_id|>", 0, 0, 0),
-    ("<answer>3142243142131321</answer>", 8, 0, 1)])
+    ("3142243142131324", 8, 1, 1), ("<answer>31422431</answer>", 4, 0, 0),
+    ("<answer>31422431421313244</answer>", 8, 0, 0), ("<answer>3142243142131324", 8, 1, 1), ("<answer>", 0, 0, 0),
+    ("", 0, 0, 0), ("<answer></answer><|eot_id|>", 0, 0, 0), ("<answer>3142243142131321</answer>", 8, 0, 1)])
 def test_sudoku_published(text, right, exact, valid):
     empty = [i for i in range(16) if SUDOKU["puzzle"][i] == "0"]
     if "1321<" in text:
@@ -291,7 +295,8 @@ def test_sudoku_published(text, right, exact, valid):
 BAIT = ["9**9**9**9", "30**93**100", "(" * 10_000, "-" * 10_000, "\\" * 100_000, "\\boxed{" * 20_000, "{" * 100_000,
         "\\boxed{" + "{" * 100_000, "<answer>" * 20_000, "</answer>" * 20_000, "1" * 1_000_000, "1," * 500_000,
         "<answer>" + "1" * 1_000_000 + "</answer>", "```" + "1 " * 400_000, "<answer>```" + " " * 500_000,
-        "1" * 16 + " " * 900_000, "\\frac" * 20_000, "\\boxed{" + "\\frac" * 20_000 + "}", "\\boxed{" + "/" * 100_000 + "}",
+        "1" * 16 + " " * 900_000, "\\frac" * 20_000, "\\boxed{" + "\\frac" * 20_000 + "}",
+        "\\boxed{" + "/" * 100_000 + "}",
         "\\boxed{" + "\\text{ " * 20_000 + "}" * 20_001, "\\boxed " * 20_000, "<reasoning>" * 50_000, "\n" * 1_000_000,
         "\\boxed{" + "=" * 100_000 + "}", "1 + " * 250_000 + "=", "<reasoning>\n" + "\n</reasoning>" * 50_000,
         "\\boxed{\n" * 100_000, "\ud800", "\0", "３" * 1000, "$" * 1_000_000, "\\sqrt" * 100_000, "=1" * 300_000]
@@ -327,8 +332,8 @@ def test_gsm8k_rows(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"answer": "18"}, ["#### number", "'18'"]), ({"answer": "#### "}, ["#### number"]), ({"answer": None}, ["'answer'"]),
-    ({"answer": "#### many"}, ["#### number"]), ({"question": None}, ["'question'"])])
+    ({"answer": "18"}, ["#### number", "'18'"]), ({"answer": "#### "}, ["#### number"]),
+    ({"answer": None}, ["'answer'"]), ({"answer": "#### many"}, ["#### number"]), ({"question": None}, ["'question'"])])
 def test_gsm8k_bad_row_is_named(tmp_path, change, words):
     path = write_lines(tmp_path / "rows.jsonl", [PROBLEM, {**PROBLEM, **change}])
     fails(lambda: gsm8k.load("train", data=path), path, "row 2", *words)
@@ -446,9 +451,12 @@ def folder(tmp_path_factory):
     return path
 
 
+SHORT = ["--block_length", 8, "--diffusion_steps", 4, "--device", "cpu", "--temperature", 0.9]
+
+
 def evaluated(out, folder, *more):
-    words = ["--task", "all", "--data", folder, "--out", out, "--gen_length", 8, 16, "--block_length", 8, "--diffusion_steps", 4,
-             "--rollout_batch", 2, "--device", "cpu", "--temperature", 0.9, *more]
+    words = ["--task", "all", "--data", folder, "--out", out, "--gen_length", 8, 16, *SHORT, "--rollout_batch", 2,
+             *more]
     return sample.main(sample.parse_args(list(map(str, words))))
 
 
@@ -488,7 +496,7 @@ def test_a_half_finished_evaluation_goes_on(whole, folder, tmp_path, capsys, tor
     again = evaluated(half, folder, "--resume")
     assert texts(half) == texts(out)
     for one, two in zip(summary["results"], again["results"]):
-        assert {k: v for k, v in one.items() if "second" not in k} == {k: v for k, v in two.items() if "second" not in k}
+        assert one.keys() == two.keys() and all(one[name] == two[name] for name in one if "second" not in name)
     with pytest.raises(SystemExit, match="--temperature was 0.9"):
         evaluated(half, folder, "--resume", "--temperature", 0.5)
 
@@ -498,8 +506,7 @@ def test_one_and_three_processes_count_the_same(whole, folder, tmp_path):
     import os
     import subprocess
     out = tmp_path / "run"
-    words = ["--task", "countdown", "--data", folder, "--out", out, "--gen_length", 8, "--block_length", 8, "--diffusion_steps", 4,
-             "--rollout_batch", 1, "--device", "cpu", "--temperature", 0.9]
+    words = ["--task", "countdown", "--data", folder, "--out", out, "--gen_length", 8, *SHORT, "--rollout_batch", 1]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3",
                            "sample.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -511,7 +518,8 @@ def test_one_and_three_processes_count_the_same(whole, folder, tmp_path):
 def test_published_prompts(folder, tmp_path):
     summary = evaluated(tmp_path / "run", folder, "--published_prompts", "--task", "countdown", "--gen_length", 8)
     row = json.loads((tmp_path / "run" / "countdown_8.jsonl").read_text().splitlines()[0])
-    assert row["completion"].startswith("<reasoning>") and "\\boxed{...}" in row["prompt"] and summary["published_prompts"]
+    assert row["completion"].startswith("<reasoning>") and "\\boxed{...}" in row["prompt"]
+    assert summary["published_prompts"]
     for task, module in TASKS.items():
         example = module.load("test", data=folder)[0]
         prompt = module.published_prompt(example)
@@ -532,7 +540,8 @@ def test_one_file_cannot_serve_all_tasks(folder, tmp_path):
 
 
 def test_the_papers_table_stands_below_ours():
-    results = [{"task": "gsm8k", "gen_length": 256, "published": 0.5}, {"task": "sudoku", "gen_length": 32, "published": 1.0}]
+    results = [{"task": "gsm8k", "gen_length": 256, "published": 0.5},
+               {"task": "sudoku", "gen_length": 32, "published": 1.0}]
     lines = sample.beside_the_paper(results, "mine").splitlines()
     assert lines[1].split()[-2:] == ["gsm8k", "256"] and lines[2].split() == ["mine", "50.00%"]
     assert lines[-1].split()[-1] == "81.10%" and len(lines) == 3 + len(PAPER)
