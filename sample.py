@@ -298,7 +298,7 @@ def watcher(tokenizer, prompt_length, total, out=None):
 def answer(model, tokenizer, prompt, args, sampling):
     """Print the answer to one prompt, watched or not."""
     ids, _ = pad_left([tokenizer.encode_prompt(prompt)], tokenizer.eos_id, next(model.parameters()).device)
-    on_step = watcher(tokenizer, ids.shape[1], args.diffusion_steps) if args.watch else None
+    on_step = watcher(tokenizer, ids.shape[1], sampling["diffusion_steps"]) if args.watch else None
     done = complete(model, tokenizer, [prompt], keys=[(args.seed, "answer")], on_step=on_step, **sampling)
     if not args.watch or not sys.stdout.isatty():
         print(done.texts[0])

@@ -16,6 +16,7 @@ import functools
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -25,13 +26,15 @@ from data.tokenizer import Tokenizer
 from model import Config, LLaDA, adapters_off, add_lora, find_checkpoint, load_weights, save_weights
 from parallel import (Run, Signals, fill_defaults, one_line_errors, optimizer_tensors, pick_dtype, processes,
                       progress, refuse_not_finite)
-from sample import SAMPLING, add_sampling_options, check_schedule, complete, evaluate, pad_left
+from sample import SAMPLING, add_sampling_options, check_schedule, complete, encode_prompts, evaluate, pad_left
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
 DEFAULTS = {
-    **SAMPLING, "steps": (625, 20), "prompts_per_step": (16, 16), "group_size": (6, 6), "num_iterations": (8, 4),
-    "lr": (3e-6, 5e-5), "lora_r": (128, 0), "microbatch": (1, 16), "eval_every": (50, 10), "eval_count": (256, 256),
+    **SAMPLING, "prompts_per_step": (16, 16), "group_size": (6, 6), "lr": (3e-6, 5e-5), "lora_r": (128, 0),
+    "microbatch": (1, 16), "eval_every": (50, 10), "eval_count": (256, 256),
 }
+# task: the paper's (updates, num_iterations)
+UPDATES = {"gsm8k": (7700, 12), "math500": (6600, 12), "countdown": (5000, 8), "sudoku": (3800, 8)}
 
 # what a resumed run may not change: it decides what was learnt so far, or which draws come next
 FIXED = ("task", "data", "model", "seed", "prompts_per_step", "lora_r", "lora_targets", "dtype")
@@ -40,14 +43,16 @@ FIXED = ("task", "data", "model", "seed", "prompts_per_step", "lora_r", "lora_ta
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--task", choices=sorted(TASKS), required=True)
-    p.add_argument("--data", help="train on the problems of this file instead of generated ones")
+    p.add_argument("--data", help="a file of problems, a folder with the published ones, or a dataset id; default: "
+                   "generated problems for countdown and sudoku, the public dataset for gsm8k and math500")
+    p.add_argument("--eval_data", help="held-out problems; default: --data if that is no file, else the task's own")
     p.add_argument("--model", default="data/tiny", help="checkpoint folder or hub id")
     p.add_argument("--out", help="the run's folder, default runs/train_grpo-<task>")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, help="rollouts, each with num_iterations updates; d1: 5000 updates here")
+    p.add_argument("--steps", type=int, help="rollouts, each with num_iterations updates; d1: see UPDATES")
     p.add_argument("--prompts_per_step", type=int, help="prompts per rollout over all processes; d1: 16")
     p.add_argument("--group_size", type=int, help="G, completions per prompt; d1 code: 6")
-    p.add_argument("--num_iterations", type=int, help="mu, updates per rollout; d1 code: 8 here, 12 on GSM8K and MATH")
+    p.add_argument("--num_iterations", type=int, help="mu, updates per rollout; d1 code: 12, on puzzles 8")
     p.add_argument("--masks_per_prompt", type=int, default=1, help="K, prompt masks per update; d1 algorithm 1: 1")
     p.add_argument("--p_mask_prompt", type=float, default=0.15, help="d1: 0.15")
     p.add_argument("--epsilon", type=float, default=0.5, help="clip range of the ratio; d1 code: 0.5")
@@ -86,18 +91,21 @@ def check_options(args, config):
         raise ValueError(f"--p_mask_prompt {args.p_mask_prompt} must lie in [0, 1]")
 
 
+def default_options(task):
+    """DEFAULTS, with how long the paper trains on this task."""
+    updates, mu = UPDATES.get(task, UPDATES["countdown"])
+    return {**DEFAULTS, "steps": (math.ceil(updates / mu), 20), "num_iterations": (mu, 4)}
+
+
 def read_prompts(args, config, tokenizer, procs):
-    """Training examples with their token ids under "ids"; prompts too long are dropped, counted and reported."""
-    examples = TASKS[args.task].load("train", data=args.data, seed=args.seed)
-    for example in examples:
-        example["ids"] = tokenizer.encode_prompt(example["prompt"])
-    fitting = [e for e in examples if len(e["ids"]) + args.gen_length <= config.max_sequence_length]
-    if len(fitting) < len(examples):
-        procs.print(f"skipped {len(examples) - len(fitting)} of {len(examples)} prompts: with {args.gen_length} "
-                    f"completion tokens they exceed max_sequence_length {config.max_sequence_length}")
-    if len(fitting) < args.prompts_per_step:
-        raise ValueError(f"{len(fitting)} usable prompts are fewer than --prompts_per_step {args.prompts_per_step}")
-    return fitting
+    """Training and held-out examples with their token ids under "ids", without those that are too long."""
+    task, room = TASKS[args.task], config.max_sequence_length - args.gen_length
+    examples = encode_prompts(task.load("train", data=args.data, seed=args.seed), tokenizer, room, procs)
+    if len(examples) < args.prompts_per_step:
+        raise ValueError(f"{len(examples)} usable prompts are fewer than --prompts_per_step {args.prompts_per_step}")
+    source = args.eval_data or (args.data if args.data and not Path(args.data).is_file() else None)
+    held_out = task.load("test", data=source, count=args.eval_count) if args.eval_count else []
+    return examples, encode_prompts(held_out, tokenizer, room, procs)
 
 
 def draw_prompt_masks(lengths, width, step, mine, args):
@@ -273,13 +281,12 @@ def main(args):
         with one_line_errors():
             folder = find_checkpoint(args.model)
             config = Config.from_folder(folder)
-            chosen = fill_defaults(args, DEFAULTS, config)
+            chosen = fill_defaults(args, default_options(args.task), config)
             check_options(args, config)
             dtype, task = pick_dtype(args.dtype, procs.device), TASKS[args.task]
             procs.share(args.prompts_per_step, "--prompts_per_step")
             tokenizer = Tokenizer.from_folder(folder, config)
-            examples = read_prompts(args, config, tokenizer, procs)
-            held_out = task.load("test", count=args.eval_count) if args.eval_count else []
+            examples, held_out = read_prompts(args, config, tokenizer, procs)
             model = LLaDA.from_pretrained(folder, procs.device, dtype).eval()  # no dropout: the first ratio is 1
             if args.lora_r:
                 add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets, generator(args.seed, "lora"))

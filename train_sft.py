@@ -12,7 +12,7 @@ import time
 import torch
 
 from d1 import draw_indices, forward_process, generator, sft_loss
-from data import TASKS
+from data import DEMONSTRATIONS
 from data.files import read_rows
 from data.tokenizer import Tokenizer
 from model import LLaDA, Config, add_lora, find_checkpoint, load_weights, save_weights
@@ -27,15 +27,16 @@ DEFAULTS = {
 }
 
 # what a resumed run may not change: it decides what was learnt so far, or which draws come next
-FIXED = ("task", "data", "split", "count", "model", "from_scratch", "seed", "batch_size", "loss", "lora_r",
-         "lora_targets", "dtype")
+FIXED = ("task", "data", "split", "count", "model", "from_scratch", "seed", "batch_size", "loss", "max_length",
+         "truncate", "lora_r", "lora_targets", "dtype")
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--task", nargs="+", choices=sorted(TASKS), help="tasks whose demonstrations are trained, evenly")
+    p.add_argument("--task", nargs="+", choices=sorted(DEMONSTRATIONS),
+                   help="tasks whose demonstrations are trained, evenly; d1: s1k")
     p.add_argument("--split", default="mixed", help="which demonstrations of the tasks: mixed or worked")
-    p.add_argument("--data", help="a JSONL, JSON or CSV file with prompt and completion, instead of --task")
+    p.add_argument("--data", help="without --task: a file with prompt and completion; with one: the file of its rows")
     p.add_argument("--model", default="data/tiny", help="checkpoint folder or hub id")
     p.add_argument("--from_scratch", action="store_true", help="random weights; config and tokenizer from --model")
     p.add_argument("--out", help="the run's folder, default runs/train_sft-<task>")
@@ -51,6 +52,7 @@ def parse_args(argv=None):
     p.add_argument("--loss", choices=("d1", "llada"), default="d1", help="normalisation: over the batch, or per row")
     p.add_argument("--gen_length", type=int, help="pad completions with EOS to this length at least")
     p.add_argument("--max_length", type=int, default=4096, help="longer rows are skipped and counted; d1: 4096")
+    p.add_argument("--truncate", action="store_true", help="cut longer rows instead, and count them; d1: so")
     p.add_argument("--lora_r", type=int, help="d1 code: 128; 0 trains all weights")
     p.add_argument("--lora_alpha", type=float, default=256, help="d1 code: 256")
     p.add_argument("--lora_targets", nargs="+", default=["q_proj", "k_proj", "v_proj"], help="d1 code: q k v")
@@ -65,7 +67,7 @@ def parse_args(argv=None):
 
 def read_examples(args):
     """Dicts with prompt and completion, from --data or the tasks' demonstrations, interleaved."""
-    if args.data:
+    if args.data and not args.task:
         rows = read_rows(args.data, ("prompt", "completion"))
         for row in rows:
             if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
@@ -73,28 +75,36 @@ def read_examples(args):
         return rows
     if not args.task:
         raise ValueError("--task or --data is needed: what should be trained?")
-    each = [TASKS[task].load(args.split, count=args.count // len(args.task), seed=args.seed) for task in args.task]
+    if args.data and len(args.task) > 1:
+        raise ValueError(f"--data {args.data} holds the rows of one --task, {len(args.task)} were named")
+    each = [DEMONSTRATIONS[task].load(args.split, data=args.data, count=args.count // len(args.task), seed=args.seed)
+            for task in args.task]
     if any("completion" not in rows[0] for rows in each):
         raise ValueError(f"--split {args.split} holds no demonstrations, use mixed or worked")
     return [example for group in zip(*each) for example in group]
 
 
 def encode_rows(examples, tokenizer, args, procs):
-    """(ids, prompt length) of each row; rows without a target or above max_length are skipped, counted and reported."""
+    """(ids, prompt length) of each row; those without a target or above max_length are counted, reported and skipped,
+    or with --truncate cut where that leaves a target.
+    """
     rows, empty, long = [], 0, 0
     procs.print(f"encoding {len(examples)} rows")
     for example in examples:
         prompt = tokenizer.encode_prompt(example["prompt"])
         completion = tokenizer.encode_completion(example["completion"])
-        if not example["completion"].strip():
+        over = len(prompt) + len(completion) > args.max_length
+        long += over
+        if over and args.truncate:
+            completion = completion[:max(0, args.max_length - len(prompt))]
+        if not example["completion"].strip() or not completion:
             empty += 1
-        elif len(prompt) + len(completion) > args.max_length:
-            long += 1
-        else:
+        elif not over or args.truncate:
             completion += [tokenizer.eos_id] * (args.gen_length - len(completion))
             rows.append((prompt + completion, len(prompt)))
     if empty or long:
-        procs.print(f"skipped {empty} rows without a completion and {long} longer than {args.max_length} tokens")
+        procs.print(f"skipped {empty} rows without a completion and {'cut' if args.truncate else 'skipped'} {long} "
+                    f"longer than {args.max_length} tokens")
     if len(rows) < args.batch_size + 1:
         raise ValueError(f"{len(rows)} usable rows do not fill a batch of {args.batch_size} and a held-out row")
     return rows

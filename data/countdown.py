@@ -11,7 +11,8 @@ from fractions import Fraction
 import numpy
 
 from data.files import find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, default_count, is_formatted, last_box, write_completion
+from data.format import (FORMAT, MAX_TEXT, closed_answer, default_count, is_formatted, last_box, unboxed,
+                         write_completion)
 from data.published import first_answer, write_published
 
 HUB = ("Jiayi-Pan/Countdown-Tasks-3to4", "data/train-00000-of-00001.parquet")  # what d1 trains on
@@ -222,22 +223,23 @@ def safe_value(text):
     return None if value is None else (value, [int(n) for n in re.findall("[0-9]+", text)])
 
 
-def is_exact(text, example):
-    """Whether the closed answer equals the target and uses each number exactly once."""
-    answer = closed_answer(text)
+def is_exact(answer, example):
+    """Whether an answer, text or None, equals the target and uses each number exactly once."""
     found = safe_value(answer) if answer else None
     return found is not None and found[0] == example["target"] and sorted(found[1]) == sorted(example["numbers"])
 
 
 def reward(text, example):
     """1 for an exact answer, 0.1 for any other closed answer, else 0 (as the authors' code, with a safe evaluator)."""
-    exact = is_exact(text, example)
-    return {"exact": float(exact), "closed": 0.1 * (not exact and closed_answer(text) is not None)}
+    answer = closed_answer(text)
+    exact = is_exact(answer, example)
+    return {"exact": float(exact), "closed": 0.1 * (not exact and answer is not None)}
 
 
 def score(text, example):
-    """accuracy: exact answers; closed: any closed answer; format: the whole text in the shared format."""
-    return {"accuracy": float(is_exact(text, example)), "closed": float(closed_answer(text) is not None),
+    """accuracy: exact answers, boxed or not; closed: any closed answer; format: the whole text in the shared format."""
+    answer = closed_answer(text)
+    return {"accuracy": float(is_exact(unboxed(answer), example)), "closed": float(answer is not None),
             "format": float(is_formatted(text))}
 
 

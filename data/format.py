@@ -55,7 +55,11 @@ def last_box(text):
     return None
 
 
+def unboxed(answer):
+    """An answer without the box around it, if there is one; None of None."""
+    return last_box(answer or "") or answer
+
+
 def final_answer(text):
     """What the text answers: the box in the last closed answer, or that answer, or the last box; None without any."""
-    answer = closed_answer(text)
-    return last_box(answer or "") or answer or last_box(text)
+    return unboxed(closed_answer(text)) or last_box(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 
 from data.files import find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, default_count, is_formatted, write_completion
+from data.format import FORMAT, MAX_TEXT, closed_answer, default_count, is_formatted, unboxed, write_completion
 from data.published import END, write_published
 
 # in the folder dataset/ of the d1 authors' repository
@@ -131,9 +131,8 @@ def demonstrate(behaviour, puzzle, solution, rng):
     return f"Perhaps {guess} comes near, or something like it"
 
 
-def fill(text):
-    """The 16 digits of the closed answer, blanks removed, or None."""
-    answer = closed_answer(text)
+def fill(answer):
+    """The 16 digits of an answer, text or None, blanks removed, or None."""
     digits = re.sub(r"\s", "", answer, flags=re.ASCII) if answer and len(answer) <= 200 else ""
     return digits if re.fullmatch("[1-4]{16}", digits) else None
 
@@ -146,12 +145,12 @@ def cell_share(grid, example):
 
 def reward(text, example):
     """Share of the empty cells filled right; 0 where no answer of 16 digits was closed (section 4 of the paper)."""
-    return {"cells": cell_share(fill(text), example)}
+    return {"cells": cell_share(fill(closed_answer(text)), example)}
 
 
 def score(text, example):
     """accuracy: solved by the rules, clues kept; cells: the published metric; closed, format: as in Countdown."""
-    grid = fill(text)
+    grid = fill(unboxed(closed_answer(text)))
     return {"accuracy": float(grid is not None and solves(grid, example["puzzle"])), "cells": cell_share(grid, example),
             "closed": float(closed_answer(text) is not None), "format": float(is_formatted(text))}
 

@@ -5,16 +5,26 @@ import re
 import sys
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy
 import pytest
+import torch
 from conftest import ROOT
 
 import sample
+import train_grpo
+import train_sft
 from data import TASKS, countdown, files, format, gsm8k, math500, s1k, sudoku
 from data.format import MAX_TEXT, final_answer, last_box, write_completion
 from data.published import END, PAPER, find_generations, first_answer, grade, paper
+from data.tokenizer import Tokenizer
+from model import Config
+from parallel import Processes
 
+TINY = SimpleNamespace(config=Config.from_folder(ROOT / "data" / "tiny"), procs=Processes(0, 1, torch.device("cpu")),
+                       tokenizer=Tokenizer.from_folder(ROOT / "data" / "tiny"))
 LIMIT = 0.010  # seconds that a reward, score or grader may take on any text
 GENERATIONS = ROOT.parent / "shared" / "data" / "d1_generations"
 COUNTDOWN = {"numbers": [3, 7, 12], "target": 22}
@@ -229,6 +239,15 @@ def test_math_reward(text, parts):
     assert tuple(math500.reward(text, EXAMPLES["math500"]).values()) == parts
 
 
+@pytest.mark.parametrize("task, answer", [("countdown", "3 + 7 + 12"), ("sudoku", SUDOKU["solution"])])
+def test_a_box_around_a_right_answer_scores_and_is_not_rewarded(task, answer):
+    """The rewards stay those that trained the published models."""
+    boxed, plain = (write_completion("a", text) for text in (rf"\boxed{{{answer}}}", answer))
+    module, example = TASKS[task], EXAMPLES[task]
+    assert module.score(boxed, example) == module.score(plain, example)
+    assert sum(module.reward(boxed, example).values()) < sum(module.reward(plain, example).values()) == 1
+
+
 @pytest.mark.parametrize("text, form", [
     (r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\tfrac12", r"\frac{1}{2}"), (r"\frac1{72}", r"\frac{1}{72}"),
     (r"\frac{72}1", r"\frac{72}1"), ("1/2", r"\frac{1}{2}"), ("-3/4", r"\frac{-3}{4}"), ("0.5", r"\frac{1}{2}"),
@@ -390,6 +409,12 @@ def test_parquet(tmp_path, monkeypatch):
     fails(lambda: gsm8k.load("test", data=tmp_path / "rows.parquet"), "not a parquet file")
 
 
+def cut_off(monkeypatch):
+    def offline(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network here\nand a long story")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+
+
 @pytest.mark.parametrize("load, dataset, name", [
     (lambda: gsm8k.load("test"), "openai/gsm8k", "main/test-00000-of-00001.parquet"),
     (lambda: gsm8k.load("train"), "openai/gsm8k", "main/train-00000-of-00001.parquet"),
@@ -400,11 +425,7 @@ def test_parquet(tmp_path, monkeypatch):
      "data/train-00000-of-00001.parquet"),
     (lambda: gsm8k.load("test", data="mine/gsm8k-copy"), "mine/gsm8k-copy", "main/test-00000-of-00001.parquet")])
 def test_offline_says_how_to_fetch(monkeypatch, load, dataset, name):
-    import huggingface_hub
-
-    def offline(*_, **__):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network here\nand a long story")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    cut_off(monkeypatch)
     fails(load, f"hf download {dataset} {name} --repo-type dataset", "--data", error=FileNotFoundError)
 
 
@@ -546,3 +567,70 @@ def test_the_papers_table_stands_below_ours():
     assert lines[1].split()[-2:] == ["gsm8k", "256"] and lines[2].split() == ["mine", "50.00%"]
     assert lines[-1].split()[-1] == "81.10%" and len(lines) == 3 + len(PAPER)
     assert sample.beside_the_paper(results[1:], "mine") == ""
+
+
+# ---------------------------------------------------------------- training
+
+def grpo(out, task, *more):
+    words = ["--task", task, "--steps", 1, "--prompts_per_step", 2, "--group_size", 2, "--num_iterations", 1,
+             "--eval_count", 2, "--gen_length", 16, "--diffusion_steps", 4, "--device", "cpu", "--out", out, *more]
+    return train_grpo.main(train_grpo.parse_args(list(map(str, words))))
+
+
+@pytest.mark.parametrize("task, parts", [("gsm8k", "tags soft strict integer correct"), ("math500", "format correct")])
+def test_grpo_trains_on_the_public_formats(folder, tmp_path, monkeypatch, task, parts):
+    rows = [json.loads(line) for line in (folder / f"{task}_test.jsonl").read_text().splitlines()]
+    if task == "math500":
+        rows = [{"problem": row["problem"], "solution": rf"so \\boxed{{{row['answer']}}}"} for row in rows]
+    train = write_lines(tmp_path / "train.jsonl", rows)
+    summary = grpo(tmp_path / "run", task, "--data", train, "--eval_data", folder)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert [name for name in row if name.startswith("reward_")] == [f"reward_{part}" for part in parts.split()]
+    assert summary["before"].keys() >= {"sampled_accuracy", "greedy_closed"}
+    cut_off(monkeypatch)
+    with pytest.raises(SystemExit, match="neither cached nor reachable"):  # the held-out problems are the public ones
+        grpo(tmp_path / "other", task, "--data", train)
+
+
+def test_grpo_takes_the_papers_length_for_the_task():
+    steps = {task: train_grpo.default_options(task)["steps"][0] for task in TASKS}
+    assert steps == {"gsm8k": 642, "math500": 550, "countdown": 625, "sudoku": 475}
+    assert [train_grpo.default_options(task)["num_iterations"][0] for task in ("math500", "sudoku")] == [12, 8]
+
+
+def test_a_folder_gives_grpo_its_held_out_problems_too(tmp_path):
+    write_lines(tmp_path / "gsm8k_train.jsonl", [PROBLEM] * 3)
+    write_lines(tmp_path / "gsm8k_test.jsonl", [{**PROBLEM, "question": "How many hens?"}])
+    args = train_grpo.parse_args(["--task", "gsm8k", "--data", str(tmp_path)])
+    args.gen_length, args.prompts_per_step, args.eval_count = 16, 2, 4
+    train, held_out = train_grpo.read_prompts(args, TINY.config, TINY.tokenizer, TINY.procs)
+    assert len(train) == 3 and [row["question"] for row in held_out] == ["How many hens?"]
+
+
+def sft(out, data, *more):
+    words = ["--task", "s1k", "--data", data, "--steps", 2, "--batch_size", 2, "--device", "cpu", "--out", out, *more]
+    return train_sft.main(train_sft.parse_args(list(map(str, words))))
+
+
+def test_sft_trains_on_s1k(tmp_path, capsys):
+    row = {"question": "What is 2 + 2?", "thinking_trajectories": ["two and two"], "attempt": "4"}
+    long = {**row, "thinking_trajectories": ["on and on " * 500]}
+    path = write_lines(tmp_path / "rows.jsonl", [row] * 4 + [long, {**row, "question": "why " * 500}])
+    sft(tmp_path / "run", path, "--max_length", 300)
+    assert "skipped 0 rows without a completion and skipped 2 longer than 300 tokens" in capsys.readouterr().out
+    assert (tmp_path / "run" / "step_000002" / "model.safetensors").exists()
+    args = train_sft.parse_args(["--max_length", "300", "--batch_size", "2", "--gen_length", "0", "--truncate"])
+    rows = train_sft.encode_rows(s1k.load(data=path), TINY.tokenizer, args, TINY.procs)
+    assert "skipped 1 rows without a completion and cut 2 longer than 300 tokens" in capsys.readouterr().out
+    whole = TINY.tokenizer.encode_completion(s1k.load(data=path)[4]["completion"])
+    ids, prompt = rows[4]
+    assert len(ids) == 300 and ids[prompt:] == whole[:300 - prompt] and len(rows) == 5
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--task", "countdown", "--data", "rows"], "holds no demonstrations"),
+    (["--task", "countdown", "s1k", "--data", "rows"], "of one --task, 2 were named")])
+def test_sft_data_must_fit_its_task(tmp_path, words, message):
+    path = write_lines(tmp_path / "rows.jsonl", [{"input": "1,2,3", "output": "6"}])
+    with pytest.raises(SystemExit, match=message):
+        train_sft.main(train_sft.parse_args([str(path) if word == "rows" else word for word in words]))

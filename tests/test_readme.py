@@ -33,3 +33,9 @@ def test_a_link_points_at_what_it_names(text, file, line):
 def test_a_command_parses(script, words):
     words = re.split(r"  +#|&&|\||`", words)[0].rstrip("\\ ")
     SCRIPTS[script].parse_args(shlex.split(words))
+
+
+def test_lines_are_at_most_120_characters():
+    long = [f"{path.name}:{number}" for folder in (ROOT, ROOT / "data", ROOT / "tests") for path in folder.glob("*.py")
+            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if len(line) > 120]
+    assert not long
