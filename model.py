@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # Fields that would change the network, each with the one value implemented here (all published LLaDA files have it).
 SUPPORTED = {
@@ -26,6 +27,7 @@ SUPPORTED = {
 }
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")  # every matrix of a block
 MAX_SHARD_BYTES = 5_000_000_000
+HEAD_CHUNK = 2 ** 26  # logits that exist at a time while tokens are scored: 0.25 GB in float32
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,23 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def token_logps(x, head, targets):
+    """log p of given tokens from the features before the head, in float32 or wider, at temperature 1.
+
+    x (..., C); head (V, C); targets (...,) int64, or (..., G) for G tokens at each position. Returns targets' shape.
+    Goes through the head in chunks of positions, each computed again in the backward pass: no (positions, V) tensor
+    exists, neither now nor kept for the gradient.
+    """
+    def score(x, targets):
+        return at_least_float32(F.linear(x, head)).log_softmax(-1).gather(-1, targets)
+
+    tokens = targets if targets.dim() == x.dim() else targets[..., None]
+    size = max(1, HEAD_CHUNK // len(head))
+    chunks = zip(x.flatten(0, -2).split(size), tokens.flatten(0, -2).split(size))  # (size, C), (size, G)
+    logps = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.cat(logps).view(targets.shape)
+
+
 class RMSNorm(nn.Module):
     """LLaDA casts back *before* the weight; torch.nn.RMSNorm after it, which changes a quarter of bfloat16 outputs."""
 
@@ -176,11 +195,13 @@ class LLaDA(nn.Module):
             parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)  # the LM head
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})  # so that names equal the checkpoint's
 
-    def forward(self, ids, attn_mask=None, keep=None):
+    def forward(self, ids, attn_mask=None, keep=None, targets=None):
         """Logits for every position, or only for those in `keep`, which are chosen before the head.
 
         ids (B, T) int64; attn_mask (B, T) bool, False at padding, whose keys no query sees; keep: a slice of positions
         -> (B, k, V), an int64 tensor (B, k) -> (B, k, V), or a bool tensor (B, T) -> (number of True, V).
+        targets: tokens at the kept positions, one or G of each, (B, k[, G]) or (number of True[, G]): instead of logits
+        their log-probabilities come back, see `token_logps`.
         """
         net, length = self.model["transformer"], ids.shape[1]
         if length > self.config.max_sequence_length:
@@ -197,8 +218,8 @@ class LLaDA(nn.Module):
             x = x[keep]  # (M, C)
         elif keep is not None:
             x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, k, C)
-        x = net["ln_f"](x)
-        return F.linear(x, net["wte"].weight) if self.config.weight_tying else net["ff_out"](x)
+        x, head = net["ln_f"](x), net["wte" if self.config.weight_tying else "ff_out"].weight
+        return F.linear(x, head) if targets is None else token_logps(x, head, targets)
 
     @torch.no_grad()
     def init_weights(self, generator):

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from d1 import draw_indices, forward_process, generator, sft_loss
+from d1 import draw_indices, forward_process, generator, sft_loss_of
 from data import TASKS
 from data.format import read_rows
 from data.tokenizer import Tokenizer
@@ -131,8 +131,8 @@ def batch_loss(model, batch, per_sequence):
     """The SFT loss of one forward pass over (ids, noised, masked, t, answer)."""
     device = next(model.parameters()).device
     ids, noised, masked, t, answer = (x.to(device) for x in batch)
-    logits = model(noised, keep=masked)  # (M, V): the masked positions only
-    return sft_loss(logits, ids, masked, t, answer, per_sequence)
+    logps = model(noised, keep=masked, targets=ids[masked])  # (M,): of the masked positions only
+    return sft_loss_of(logps, masked, t, answer, per_sequence)
 
 
 @torch.no_grad()
