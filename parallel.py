@@ -480,10 +480,7 @@ def checkpoint_fault(folder):
 
 
 def save_optimizer(model, optimizer, folder, whole):
-    """Write the state as optimizer.safetensors, -2, -3, ...: as parameter/key, by the names of the parameters.
-
-    Gathered piece by piece, no more than a file at a time.
-    """
+    """Write the state as parameter/key to optimizer.safetensors; what is large is gathered and written file by file."""
     part, number = {}, 1
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
