@@ -492,23 +492,28 @@ def save_optimizer(model, optimizer, folder, whole):
 
 
 def load_optimizer(model, optimizer, folder):
-    """Put back what `save_optimizer` wrote. Raises ValueError where a parameter has no state in the files."""
-    parameters, found = dict(model.named_parameters()), set()
+    """Put back what `save_optimizer` wrote. Raises ValueError where the files are not of these parameters."""
+    trained, found = {name: p for name, p in model.named_parameters() if p.requires_grad}, set()
     for path in folder.glob("optimizer*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for full in file.keys():
                 name, key = full.rsplit("/", 1)
-                p = parameters[name]
-                if file.get_slice(full).get_shape():
-                    value = torch.zeros_like(p)
-                    fill(value, lambda rows: file.get_slice(full)[rows])
-                else:  # the number of updates
-                    value = file.get_tensor(full)
-                optimizer.state[p][key] = value
                 found.add(name)
-    missing = [name for name, p in parameters.items() if p.requires_grad and name not in found]
-    if found and missing:  # none found: saved before the first update
-        raise ValueError(f"{folder}: no optimizer state of {missing[0]}, is this checkpoint of this run?")
+                if name in trained:
+                    optimizer.state[trained[name]][key] = read_like(trained[name], file, full)
+    wrong = found ^ trained.keys()
+    if found and wrong:  # none found: saved before the first update
+        raise ValueError(f"{folder}: optimizer state and trained parameters differ in {min(wrong)}, "
+                         "is this checkpoint of this run?")
+
+
+def read_like(p, file, name):
+    """A tensor of a safetensors file, spread over processes like `p`; a single number as it is."""
+    if not file.get_slice(name).get_shape():
+        return file.get_tensor(name)
+    value = torch.zeros_like(p, requires_grad=False)
+    fill(value, lambda rows: file.get_slice(name)[rows])
+    return value
 
 
 # ---------------------------------------------------------------- signals
