@@ -121,7 +121,7 @@ def token_logps(x, head, targets):
     size = max(1, HEAD_CHUNK // len(head))
     chunks = zip(x.flatten(0, -2).split(size), tokens.flatten(0, -2).split(size))  # (size, C), (size, G)
     logps = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.cat(logps).view(targets.shape)
+    return torch.cat(logps).view(targets.shape).clone()  # FSDP wants an output that is no view
 
 
 @torch.no_grad()

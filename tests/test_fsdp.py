@@ -1,0 +1,350 @@
+"""FSDP2 with gloo on CPU processes: every number as on one process.
+
+Under torchrun this file is a script that runs CASES on all processes and writes what came out of them; the tests run the
+same cases alone and compare.
+"""
+import contextlib
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, golden, worst
+from safetensors.torch import load_file, save_file
+
+import model as model_file
+import train_grpo
+import train_sft
+from d1 import completion_mask, generator, group_advantages
+from data import countdown
+from parallel import Processes, add_parallel_options, clip_gradients, fill, gathered, processes
+from sample import evaluate
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+MODEL = golden("llada_gqa/config.json").parent
+TOKENIZER = SimpleNamespace(mask_id=500, eos_id=481)
+LORA = ["--lora_r", 4, "--lora_targets", "q_proj", "up_proj", "ff_out"]  # rank 4 on 3 processes: one has 0 rows of A
+SFT = ["--model", MODEL, "--batch_size", 12, "--microbatch", 2, "--steps", 4, "--lr", 1e-3, "--warmup", 0,
+       "--grad_clip", 1e9, "--lora_r", 0]
+GRPO = ["--task", "countdown", "--model", MODEL, "--prompts_per_step", 12, "--microbatch", 2, "--grad_clip", 1e9,
+        "--num_iterations", 1, "--masks_per_prompt", 2, "--lora_r", 0]
+
+
+def parse(module, *words):
+    return module.parse_args(list(map(str, words)))
+
+
+class Catch:
+    """An optimizer that keeps the gradients and changes nothing."""
+
+    def __init__(self, model, procs):
+        self.model, self.procs, self.tensors = model, procs, {}
+        self.param_groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    def step(self):
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                self.tensors[name] = self.procs.whole(p.grad)
+
+    def zero_grad(self, set_to_none):
+        pass
+
+
+def build(module, args, procs, dtype=torch.float32):
+    """A model as the script builds it, its adapters away from zero."""
+    model = (train_sft.build_model if module is train_sft else train_grpo.build_policy)(args, MODEL, procs, dtype)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            fill(p, torch.empty(p.shape).normal_(0, 0.1, generator=generator(name)).__getitem__)
+    return model
+
+
+def sft_gradients(procs, *more, dtype=torch.float32):
+    """One train_step on 12 rows: its loss and every gradient, whole."""
+    args = parse(train_sft, *SFT, *more)
+    model = build(train_sft, args, procs, dtype)
+    rows = [(torch.randint(480, (12 + i % 7,), generator=generator("row", i)).tolist(), 3 + i % 5) for i in range(12)]
+    caught = Catch(model, procs)
+    row = train_sft.train_step(0, model, caught, rows, TOKENIZER, args, procs)
+    return caught.tensors | {"loss": torch.tensor(row["loss"]), "grad_norm": torch.tensor(row["grad_norm"])}
+
+
+def a_rollout(model, procs, args, G=3, P=7, L=9):
+    """A made-up rollout of 12 prompts, of which this process has its share; old and reference policy a little off."""
+    N, draw = args.prompts_per_step, functools.partial(torch.randint, generator=generator("rollout"))
+    prompt, completions = draw(480, (N, P)), draw(478, 486, (N, G, L))  # some EOS
+    masked = draw(4, (N, 1, args.masks_per_prompt, P)) == 0
+    attn_mask = torch.arange(P) >= draw(4, (N, 1))
+    mask, advantages = completion_mask(completions, TOKENIZER.eos_id), group_advantages(draw(5, (N, G)).float())
+    mine = list(procs.share(N, ""))
+    rollout = train_grpo.Rollout(prompt[mine], attn_mask[mine], masked[mine], completions[mine], mask[mine],
+                                 advantages[mine], int(mask.sum()))
+    every = slice(0, len(mine))
+    with torch.no_grad(), gathered(model):
+        now = train_grpo.log_probs(model, rollout, 0, every, TOKENIZER.mask_id)
+    noise = torch.randn(2, N, *now.shape[1:], generator=generator("drift"))[:, mine]
+    rollout.old, rollout.ref = [now + 0.4 * noise[0]], [now + 0.4 * noise[1]]
+    return rollout
+
+
+def grpo_gradients(procs, *more, dtype=torch.float32):
+    """One update_policy on 12 prompts: what it logs and every gradient, whole."""
+    args = parse(train_grpo, *GRPO, *more)
+    model = build(train_grpo, args, procs, dtype)
+    rollout, caught = a_rollout(model, procs, args), Catch(model, procs)
+    slices = [slice(i, i + args.microbatch) for i in range(0, len(rollout.prompt), args.microbatch)]
+    row = train_grpo.update_policy(0, 0, model, caught, rollout, slices, args, procs, TOKENIZER.mask_id)
+    return caught.tensors | {name: torch.tensor(value) for name, value in row.items()}
+
+
+def no_masks_in_the_second_half(procs):
+    """The rows of the last process, or half of them, have no masked token."""
+    noise = train_sft.noise
+
+    def patched(ids, answer, keys, mask_id, u=None):
+        return noise(ids, answer & (torch.tensor([i for *_, i in keys]) < 6)[:, None], keys, mask_id, u)
+    train_sft.noise = patched
+    try:
+        return sft_gradients(procs)
+    finally:
+        train_sft.noise = noise
+
+
+CASES = {
+    "sft, all weights": sft_gradients,
+    "sft, LoRA": lambda procs, *more: sft_gradients(procs, *LORA, *more),
+    "sft, per row": lambda procs, *more: sft_gradients(procs, "--loss", "llada", *more),
+    "grpo, all weights": grpo_gradients,
+    "grpo, LoRA": lambda procs, *more: grpo_gradients(procs, *LORA, *more),
+}
+
+
+# ---------------------------------------------------------------- what is run on several processes
+
+def in_bfloat16(procs):
+    """The dtypes that are kept, and log-probabilities, of LoRA and of all weights."""
+    found, ids = {}, torch.arange(40).view(2, 20)
+    for name, more in (("lora", LORA), ("all", [])):
+        model = build(train_sft, parse(train_sft, *SFT, *more), procs, torch.bfloat16)
+        for key, p in model.named_parameters():
+            if procs.world > 1:
+                assert p.to_local().dtype == (torch.bfloat16 if name == "lora" and "lora" not in key else torch.float32)
+        with torch.no_grad(), gathered(model):
+            found[name] = model(ids, targets=ids)
+            assert procs.world == 1 or found[name].dtype == torch.float32
+    return found
+
+
+def each_reads_its_part(procs):
+    """Loading reads, and holds, on every process no more than its rows."""
+    read, original = [], model_file.read_tensor
+
+    def counted(*args):
+        read.append(original(*args))
+        return read[-1]
+    model_file.read_tensor = counted
+    model = build(train_sft, parse(train_sft, *SFT), procs)
+    model_file.read_tensor = original
+    held = sum(p.to_local().numel() for p in model.parameters())
+    most = sum(-(-len(p) // procs.world) * p[0].numel() for p in model.parameters())
+    assert sum(t.numel() for t in read) == held <= most
+    total = procs.sum({"read": held})["read"]
+    assert total == sum(p.numel() for p in model.parameters())
+    return {}
+
+
+def unequal_work(procs):
+    """Inside gathered(), a process may run as many forward passes as it likes; afterwards training goes on."""
+    args, ids = parse(train_sft, *SFT), torch.arange(40).view(2, 20)
+    model = build(train_sft, args, procs)
+    with torch.no_grad(), gathered(model):
+        logps = [model(ids[:, :20 - i], targets=ids[:, :20 - i]) for i in range(1 + 2 * procs.rank)][0]
+    return {"inside": logps, "after": model(ids, targets=ids).detach()}
+
+
+def equal_work_where_weights_stay_sharded(procs):
+    """5 problems: the last process has fewer, but runs as many passes."""
+    task = SimpleNamespace(score=lambda text, example: {"accuracy": float(len(text) + example["number"])})
+    tokenizer = SimpleNamespace(**vars(TOKENIZER), encode_prompt=lambda p: [ord(c) for c in p],
+                                decode=lambda ids: " ".join(map(str, ids)))
+    examples = [{"prompt": "x" * (3 + i), "number": i} for i in range(5)]
+    model = build(train_sft, parse(train_sft, *SFT), procs)
+    with gathered(model, keep_sharded=True):
+        found, rows = evaluate(model, tokenizer, task, examples, procs, 0, rollout_batch=1, gen_length=8,
+                               diffusion_steps=4, block_length=8, temperature=0.7)
+    assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(procs.world == 1 or hasattr(p, "full_tensor") for p in model.parameters())  # sharded again
+    return {name: torch.tensor(value) for name, value in found.items()}
+
+
+PARITY = {
+    **CASES,
+    "sft where a process has no masked token": no_masks_in_the_second_half,
+    "unequal work": unequal_work,
+    "equal work": equal_work_where_weights_stay_sharded,
+    "bfloat16": in_bfloat16,
+}
+RUNS = {  # of a small model with the embedded one's tokenizer
+    "sft": (train_sft, ["--task", "countdown", "--count", 40, "--batch_size", 12, "--microbatch", 2, "--steps", 3]),
+    "grpo": (train_grpo, ["--task", "countdown", "--prompts_per_step", 12, "--group_size", 3, "--steps", 3,
+                          "--num_iterations", 2, "--eval_count", 5, "--eval_every", 1, "--gen_length", 16,
+                          "--diffusion_steps", 4]),
+}
+RUNS["grpo LoRA"] = (train_grpo, [*RUNS["grpo"][1], "--lora_r", 2, "--lr", 1e-3])
+RUNS["grpo sharded"] = (train_grpo, [*RUNS["grpo"][1], "--keep_sharded", "--checkpoint_activations"])
+
+
+def run(name, small, out, *more):
+    """A script, with a reward that even random weights earn."""
+    module, options = RUNS[name]
+    countdown.reward, reward = lambda text, example: {"length": len(text) % 5 / 4}, countdown.reward
+    try:
+        module.main(parse(module, *options, "--model", small, "--save_every", 1, "--device", "cpu", "--out", out, *more))
+    finally:
+        countdown.reward = reward
+
+
+def worker(small, out, replicas, resume=""):
+    """On every process: all of PARITY, then the scripts, which are started or go on from `resume`."""
+    out, replicas = Path(out), int(replicas)
+    with processes("cpu", timeout=60) as procs:
+        for name, case in PARITY.items():
+            more = ["--replicas", replicas] if name in CASES else []
+            tensors = case(procs, *more)
+            if procs.is_main:
+                save_file({key: t.contiguous() for key, t in tensors.items()}, out / f"{name}.safetensors")
+        each_reads_its_part(procs)
+        for module in (train_sft, train_grpo):  # one group of processes for all of them
+            module.processes = lambda *_: contextlib.nullcontext(procs)
+        for name in RUNS:
+            more = ["--resume"] if resume else []
+            run(name, small, (Path(resume) if resume else out) / name, *more, "--replicas", replicas)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(count, *words):
+    """Run a script on `count` processes; returns what it printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, "--master_port", free_port()]
+    done = subprocess.run(list(map(str, [*launch, *words])), capture_output=True, text=True, timeout=300, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+# ---------------------------------------------------------------- the tests
+
+@pytest.fixture(scope="module")
+def alone():
+    """What every case gives on one process, computed once."""
+    return functools.cache(lambda name: PARITY[name](ALONE))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint with the embedded model's tokenizer and random weights."""
+    folder = tmp_path_factory.mktemp("small")
+    raw = json.loads((ROOT / "data/tiny/config.json").read_text())
+    config = model_file.Config.from_dict(raw | {"d_model": 36, "n_layers": 2, "mlp_hidden_size": 50})
+    model_file.LLaDA.empty(config).init_weights(generator("small")).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(raw | {"d_model": 36, "n_layers": 2, "mlp_hidden_size": 50}))
+    shutil.copy(ROOT / "data/tiny/tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small):
+    """The runs on one process, uninterrupted."""
+    out = tmp_path_factory.mktemp("one")
+    for name in RUNS:
+        run(name, small, out / name)
+    return out
+
+
+def cut(folder, to):
+    """A copy of the folders of finished runs in which the last step has not happened."""
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("summary.json"))
+    for name in RUNS:
+        shutil.rmtree(sorted((to / name).glob("step_*"))[-1])
+    return to
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, small):
+    """Two processes, all from the start."""
+    out = tmp_path_factory.mktemp("two")
+    torchrun(2, __file__, small, out, 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory, small, two):
+    """Three processes, which go on with the runs of two."""
+    out = tmp_path_factory.mktemp("three")
+    torchrun(3, __file__, small, out, 1, cut(two, out / "resumed"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory, small):
+    """Four processes with two replicas of the model (HSDP)."""
+    out = tmp_path_factory.mktemp("four")
+    torchrun(4, __file__, small, out, 2)
+    return out
+
+
+@pytest.fixture(params=["two", "three", "four"])
+def many(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_many_processes_give_the_numbers_of_one(alone, many, name):
+    one, found = alone(name), load_file(many / f"{name}.safetensors")
+    assert found.keys() == one.keys()
+    for key in one:
+        scale = max(1.0, float(one[key].abs().max()))
+        assert worst(found[key], one[key].cpu()) < 1e-5 * scale, key
+    assert name not in CASES or sum(bool(t.abs().max() > 1e-3) for t in found.values()) > 6
+
+
+def weights(folder):
+    last = sorted(folder.glob("step_*"))[-1]
+    return load_file(last / ("model.safetensors" if (last / "model.safetensors").exists() else
+                             "adapter_model.safetensors")), load_file(last / "optimizer.safetensors")
+
+
+def rows(folder):
+    timing = ("seconds", "tokens_per_second")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in timing} for row in lines]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_dev(small, whole, two, three, four, name, tmp_path):
+    resumed = cut(two, tmp_path / "resumed") / name
+    run(name, small, resumed, "--resume")
+    others = {"two": two / name, "2 -> 1": resumed, "2 -> 3": three / "resumed" / name}
+    if (four / name).exists(): others["four"] = four / name
+    for w, folder in others.items():
+        for a, b, part in zip(weights(whole / name), weights(folder), ("weights", "optimizer")):
+            assert a.keys() == b.keys()
+            print(name, w, part, max(float((a[k]-b[k]).abs().max()) for k in a), sum(float((a[k]-b[k]).abs().sum()) for k in a)/sum(t.numel() for t in a.values()))
+        for x, y in zip(rows(whole / name), rows(folder)):
+            print(max((abs(x[k]-y[k]), k) for k in x if not isinstance(x[k], str)), x["loss"], x["grad_norm"])
+    assert 0
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])
