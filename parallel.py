@@ -1,4 +1,4 @@
-"""What a run needs besides the algorithm: processes, FSDP2, the run's folder, checkpoints, a log for no terminal.
+"""What a run needs besides the algorithm: processes, FSDP2, its folder and checkpoints, a log readable anywhere.
 
 One process or many run the same script: under torchrun every process takes its share of the prompts, holds its share of
 the weights (`parallelise`) and numbers are gathered. Without torchrun all this is a no-op.
@@ -82,17 +82,13 @@ class Processes:
             raise ValueError(f"--replicas {replicas} does not divide {self.world} processes: use one of {valid}")
 
     def deal(self, count):
-        """(index, counts) of this process's items of `count`: as many on every process, so some do one that is done."""
+        """This process's items of `count`, as (index, counts). All get as many: what fills up does not count."""
         return [(i % count, i < count) for i in range(self.rank, -(-count // self.world) * self.world, self.world)]
 
     def whole(self, tensor):
         """The full values of a tensor on the CPU of the main process, nothing on the others. All must call."""
         full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
         return full.cpu() if self.is_main else torch.empty(0)
-
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
 
     def print(self, *words):
         if self.is_main:
@@ -242,7 +238,7 @@ def one_line_errors():
 
 
 def pick_dtype(name, device):
-    """The dtype of the weights: as named, else bfloat16 on a GPU and float32 elsewhere."""
+    """The dtype of the computation: as named, else bfloat16 on a GPU and float32 elsewhere."""
     return getattr(torch, name or ("bfloat16" if torch.device(device).type == "cuda" else "float32"))
 
 
@@ -290,7 +286,10 @@ class Run:
         if taken and not resume:
             raise ValueError(f"--out {out} holds a run already: go on with --resume, or name another folder")
         if taken:
-            self.compare(json.loads(old.read_text())["options"], self.options, fixed)
+            before = json.loads(old.read_text())
+            self.compare(before["options"], self.options, fixed)
+            if before["processes"] != procs.world:
+                procs.print(f"resumed on {procs.world} processes, not {before['processes']}: the same up to rounding")
 
     def open(self):
         """Begin to write; self.checkpoint is the newest whole checkpoint to go on from, or None at a start.
@@ -385,7 +384,8 @@ class Run:
                     write(half if self.procs.is_main else Path(nowhere), whole=self.procs.whole)
             if self.procs.is_main:
                 self.complete(half, folder, keep)
-        self.procs.wait()  # nobody goes on, or leaves, before it is on the disk
+        if self.procs.world > 1:
+            dist.barrier()  # nobody goes on, or leaves, before it is on the disk
         return folder
 
     def complete(self, half, folder, keep):

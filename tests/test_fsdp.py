@@ -391,7 +391,8 @@ def test_many_processes_give_the_run_of_one(whole, two, four, name):
 def test_saved_on_two_processes_resumed_on_one_and_on_three(small, whole, two, three, name, tmp_path, capsys):
     resumed = cut(two, tmp_path / "resumed") / name
     run(name, small, resumed, "--resume")
-    assert f"resumed from {resumed}/step_000002" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"resumed from {resumed}/step_000002" in shown and "resumed on 1 processes, not 2" in shown
     assert_same_run(whole / name, resumed)
     assert_same_run(whole / name, three / "resumed" / name)
 
