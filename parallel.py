@@ -135,7 +135,7 @@ def join(device, timeout, **alone):
 # ---------------------------------------------------------------- FSDP2
 
 def add_parallel_options(p):
-    p.add_argument("--replicas", type=int, default=1, help="copies of the model, each sharded over processes / replicas")
+    p.add_argument("--replicas", type=int, default=1, help="copies of the model, each over processes / replicas")
     p.add_argument("--keep_sharded", action="store_true",
                    help="never gather all weights at once, also not to sample: less memory, slower")
     p.add_argument("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass")
@@ -171,7 +171,7 @@ def parallelise(model, args, procs, dtype):
 
 
 def device_mesh(procs, replicas):
-    """(processes,), or (replicas, processes / replicas); groups with our timeout, which DeviceMesh would not pass on."""
+    """(processes,), or (replicas, processes / replicas). Its own groups would not have our timeout."""
     if replicas == 1:
         return DeviceMesh.from_group(dist.group.WORLD, procs.device.type)
     ranks, timeout = torch.arange(procs.world).view(replicas, -1), timedelta(seconds=procs.timeout)
@@ -193,10 +193,10 @@ def fill(p, read):
 
 @contextlib.contextmanager
 def gathered(model, keep_sharded=False):
-    """Inside, every process has all weights: it runs as many forward passes as it likes, none of which waits for others.
+    """Inside, every process has all weights and runs as many forward passes as it likes: none waits for another one.
 
-    For sampling and scoring without gradient. keep_sharded: gather block by block in every pass instead, in less
-    memory; then all processes must run equally many. Before an update or a save the weights are spread again.
+    For sampling and scoring without gradient; at the end the weights are spread again, as updates and saves need them.
+    keep_sharded: gather block by block in every pass instead, in less memory; then all must run equally many.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules if not keep_sharded else ():

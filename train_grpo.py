@@ -56,7 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--grad_clip", type=float, default=0.2, help="d1: 0.2")
     add_sampling_options(p)
     p.add_argument("--temperature", type=float, default=0.9, help="of the rollouts; d1 code: 0.9")
-    p.add_argument("--microbatch", type=int, help="prompts per forward and backward pass of a process; gradients add up")
+    p.add_argument("--microbatch", type=int, help="prompts per forward and backward pass of a process; accumulated")
     p.add_argument("--lora_r", type=int, help="d1: 128; 0 trains all weights")
     p.add_argument("--lora_alpha", type=float, default=64, help="d1: 64")
     p.add_argument("--lora_targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "up_proj"],

@@ -1,7 +1,7 @@
 """FSDP2 with gloo on CPU processes: every number as on one process.
 
-Under torchrun this file is a script that runs CASES on all processes and writes what came out of them; the tests run the
-same cases alone and compare.
+Under torchrun this file is a script that runs PARITY and RUNS on all processes and writes what came out of them; the
+tests do the same on one process and compare.
 """
 import contextlib
 import functools
@@ -131,9 +131,9 @@ def stopped_together(procs):
     """A signal to one process where forward passes wait for each other: all stop at the same check."""
     model, ids = build(train_sft, parse(train_sft, *SFT), procs), torch.arange(40).view(2, 20)
     signals, passes = Signals(procs, together=True), []
-    with contextlib.suppress(Stopped), torch.no_grad(), gathered(model, keep_sharded=True), signals.droppable() as check:
+    with contextlib.suppress(Stopped), gathered(model, keep_sharded=True), signals.droppable() as check:
         for i in range(4):
-            passes.append(model(ids, targets=ids))
+            passes.append(model(ids, targets=ids).detach())
             signals.wanted = i == 1 and procs.rank == procs.world - 1
             check()
     assert len(passes) == 2
