@@ -109,7 +109,8 @@ def processes(device=None, timeout=600):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # where collectives and FSDP put their buffers
     try:
         if world > 1:
             join(device, timeout)
