@@ -405,18 +405,19 @@ def main(args):
             schedules = pick_schedules(args, config)
             if args.temperature < 0 or args.rollout_batch < 1:
                 raise ValueError("--temperature must not be negative and --rollout_batch must be at least 1")
-            dtype = pick_dtype(args.dtype, procs.device)
+            dtype, answering = pick_dtype(args.dtype, procs.device), args.prompt is not None or args.watch
+            if not answering:
+                out = args.out or f"runs/sample-{args.task}"
+                run = Run(out if args.out or args.resume else free_folder(out),
+                          {**vars(args), "device": procs.device, "dtype": dtype}, procs, args.resume, FIXED)
             tokenizer = Tokenizer.from_folder(folder, config)
             room = config.max_sequence_length - max(length for length, _ in schedules)
             problems = {task: read_problems(args, task, tokenizer, room, procs) for task in tasks}
             sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature", "cfg_scale", "remasking")}
             sampling["gen_length"], sampling["diffusion_steps"] = schedules[0]
-            answering = args.prompt is not None or args.watch
             model = LLaDA.from_pretrained(folder, procs.device, dtype).eval()
             if not answering:
-                out = args.out or f"runs/sample-{args.task}"
-                run = Run(out if args.out or args.resume else free_folder(out),
-                          {**vars(args), "device": procs.device, "dtype": dtype}, procs, args.resume, FIXED)
+                run.open()
         if answering:
             prompt = args.prompt if args.prompt is not None else problems[tasks[0]][0]["prompt"]
             if args.prompt is None:
