@@ -252,7 +252,8 @@ def test_a_process_that_goes_wrong_ends_the_job(tmp_path, deed, words):
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT), deed=deed))
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
-                          capture_output=True, text=True, timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, script], capture_output=True, text=True, timeout=90,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0 and time.monotonic() - start < 60
     assert words in done.stderr, done.stderr
