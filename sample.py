@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from d1 import completion_mask, generator
 from data import TASKS
-from data.published import PAPER, PREFILL, find_generations, grade, graded_row, paper
+from data.published import PREFILL, beside_the_paper, find_generations, grade, graded_row, paper, table
 from data.tokenizer import Tokenizer
 from model import Config, LLaDA, find_checkpoint
 from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder, one_line_errors, pick_dtype,
@@ -353,30 +353,6 @@ def evaluate_into(run, task, model, tokenizer, examples, procs, signals, seed, s
     return {"task": task, "gen_length": sampling["gen_length"], "diffusion_steps": sampling["diffusion_steps"],
             "problems": len(rows), **metrics, "tokens_per_second": new * sampling["gen_length"] / seconds,
             "seconds": seconds}
-
-
-def table(rows):
-    """Lines of aligned columns, a line of names first, from dicts of texts and numbers; shares as per cent."""
-    def cell(name, value):
-        if isinstance(value, float):
-            return f"{value:.1f}" if name in ("effective_tokens", "tokens_per_second", "paper") else f"{value:.2%}"
-        return "" if value is None else str(value)
-
-    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
-    lines = [names, *([cell(name, row.get(name)) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(rest, widths[1:]))]).rstrip()
-                     for first, *rest in lines)
-
-
-def beside_the_paper(results, model):
-    """Our accuracy by the published rules above the paper's table, where that has the task and length; else nothing."""
-    known = [r for r in results if paper("LLaDA-8B-Instruct", r["task"], r["gen_length"]) is not None]
-    ours = {f"{r['task']} {r['gen_length']}": r["published"] for r in known}
-    theirs = [{"by the published rules": name} | {f"{r['task']} {r['gen_length']}":
-                                                  paper(name, r["task"], r["gen_length"]) / 100 for r in known}
-              for name in PAPER]
-    return "\n" + table([{"by the published rules": model, **ours}, *theirs]) if known else ""
 
 
 def regrade(paths):

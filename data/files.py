@@ -34,8 +34,8 @@ def fetch(dataset, name):
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         path, reason = None, str(error).strip().splitlines()[0]
     if path is None or not path.is_file():
-        raise FileNotFoundError(f"--data {dataset}: {name} is neither cached nor reachable ({reason}); where there is "
-                                f"a network run: hf download {dataset} {name} --repo-type dataset; or name a local "
+        raise FileNotFoundError(f"dataset {dataset}: {name} is neither cached nor reachable ({reason}); where there "
+                                f"is a network run: hf download {dataset} {name} --repo-type dataset; or name a local "
                                 "file with --data")
     return path
 

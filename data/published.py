@@ -25,6 +25,30 @@ def paper(row, task, gen_length):
     return dict(zip((128, 256, 512), PAPER[row].get(task, ()))).get(gen_length)
 
 
+def table(rows):
+    """Lines of aligned columns, a line of names first, from dicts of texts and numbers; shares as per cent."""
+    def cell(name, value):
+        if isinstance(value, float):
+            return f"{value:.1f}" if name in ("effective_tokens", "tokens_per_second", "paper") else f"{value:.2%}"
+        return "" if value is None else str(value)
+
+    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    lines = [names, *([cell(name, row.get(name)) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(rest, widths[1:]))]).rstrip()
+                     for first, *rest in lines)
+
+
+def beside_the_paper(results, model):
+    """Our accuracy by the published rules above the paper's table, where that has the task and length; else nothing."""
+    known = [r for r in results if paper("LLaDA-8B-Instruct", r["task"], r["gen_length"]) is not None]
+    ours = {f"{r['task']} {r['gen_length']}": r["published"] for r in known}
+    theirs = [{"by the published rules": name} | {f"{r['task']} {r['gen_length']}":
+                                                  paper(name, r["task"], r["gen_length"]) / 100 for r in known}
+              for name in PAPER]
+    return "\n" + table([{"by the published rules": model, **ours}, *theirs]) if known else ""
+
+
 def write_published(instruction, question):
     """The prompt of an evaluation as published: an expert, the answer in a box. Our words after their description."""
     return (f"You are an expert in mathematics and logic. {instruction} Work step by step and give the final answer in "

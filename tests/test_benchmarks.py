@@ -18,7 +18,7 @@ import train_grpo
 import train_sft
 from data import TASKS, countdown, files, format, gsm8k, math500, s1k, sudoku
 from data.format import MAX_TEXT, final_answer, last_box, write_completion
-from data.published import END, PAPER, find_generations, first_answer, grade, paper
+from data.published import END, PAPER, beside_the_paper, find_generations, first_answer, grade, paper
 from data.tokenizer import Tokenizer
 from model import Config
 from parallel import Processes
@@ -563,10 +563,10 @@ def test_one_file_cannot_serve_all_tasks(folder, tmp_path):
 def test_the_papers_table_stands_below_ours():
     results = [{"task": "gsm8k", "gen_length": 256, "published": 0.5},
                {"task": "sudoku", "gen_length": 32, "published": 1.0}]
-    lines = sample.beside_the_paper(results, "mine").splitlines()
+    lines = beside_the_paper(results, "mine").splitlines()
     assert lines[1].split()[-2:] == ["gsm8k", "256"] and lines[2].split() == ["mine", "50.00%"]
     assert lines[-1].split()[-1] == "81.10%" and len(lines) == 3 + len(PAPER)
-    assert sample.beside_the_paper(results[1:], "mine") == ""
+    assert beside_the_paper(results[1:], "mine") == ""
 
 
 # ---------------------------------------------------------------- training
