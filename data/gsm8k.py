@@ -3,7 +3,7 @@ import re
 from fractions import Fraction
 
 from data.files import SUFFIXES, find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, final_answer, is_formatted
+from data.format import FORMAT, MAX_TEXT, closed_answer, final_answer, is_formatted, unboxed
 from data.published import first_answer, write_published
 
 HUB = {"train": ("openai/gsm8k", "main/train-00000-of-00001.parquet"),
@@ -61,9 +61,9 @@ def read_number(text):
     return Fraction(number.replace(",", "")) if well_set else None
 
 
-def is_right(text, example):
-    """Whether the answer is one number, equal to the solution's."""
-    return read_number(final_answer(text)) == Fraction(example["answer"])
+def is_right(answer, example):
+    """Whether an answer, text or None, is one number, equal to the solution's."""
+    return example["answer"] is not None and read_number(answer) == Fraction(example["answer"])
 
 
 def reward(text, example):
@@ -71,7 +71,7 @@ def reward(text, example):
 
     tags: 0.125 for each of the four tags that stands once, on its own line, less 0.001 for each character after the
     last, never below 0. soft: reasoning, then answer, both closed. strict: each tag on its own line, nothing around.
-    integer: the answer is one whole number and nothing else ("-3" and "1,000" are). correct: `is_right`.
+    integer: the answer is one whole number and nothing else ("-3" and "1,000" are). correct: `is_right`, boxed or not.
     """
     text = text[:MAX_TEXT]
     after = len(text.rpartition("</answer>")[2].strip()) if "</answer>" in text else 0
@@ -80,13 +80,13 @@ def reward(text, example):
     return {"tags": max(0.0, tags - 0.001 * after), "soft": 0.5 * (SOFT.match(text.strip()) is not None),
             "strict": 0.5 * is_formatted(text),
             "integer": 0.5 * (WHOLE.fullmatch(answer or "") is not None),
-            "correct": 2.0 * (answer is not None and is_right(text, example))}
+            "correct": 2.0 * is_right(unboxed(answer), example)}
 
 
 def score(text, example):
     """accuracy: a closed answer that is the right number; closed, format: as in Countdown."""
-    closed = closed_answer(text) is not None
-    return {"accuracy": float(closed and is_right(text, example)), "closed": float(closed),
+    answer = closed_answer(text)
+    return {"accuracy": float(is_right(unboxed(answer), example)), "closed": float(answer is not None),
             "format": float(is_formatted(text))}
 
 
@@ -95,14 +95,14 @@ def published(text, example):
 
     Theirs: the first number of the first readable \\boxed{}, anywhere; without one the last number in the first
     answer; equal as floats. So "1,000" reads as 1. Their reader of the test set loses negative answers, whose problems
-    nobody can solve (answer None in their files). exact: `is_right`, which reads the last answer, commas and all.
+    nobody can solve (answer None in their files). exact: `is_right` of the last answer, commas and all.
     """
     truth = None if example["answer"] is None else Fraction(example["answer"])
     found = next((number for box in boxes(text) if (number := to_float(box, first=True)) is not None), None)
     if found is None:
         found = to_float(first_answer(text), first=False)
     return {"published": float(truth is not None and truth >= 0 and found == float(truth)), "of": 1,
-            "exact": float(truth is not None and read_number(final_answer(text)) == truth)}
+            "exact": float(is_right(final_answer(text), example))}
 
 
 def boxes(text):

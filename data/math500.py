@@ -2,7 +2,7 @@ r"""MATH (arXiv:2103.03874): competition problems, answers in LaTeX; trained on 
 import re
 
 from data.files import SUFFIXES, find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, final_answer, is_formatted, last_box
+from data.format import FORMAT, MAX_TEXT, closed_answer, final_answer, is_formatted, last_box, unboxed
 from data.published import first_answer, write_published
 
 HUB = {"train": ("nlile/hendrycks-MATH-benchmark", "data/train-00000-of-00001.parquet"),
@@ -100,9 +100,9 @@ def same(a, b):
 
 # ---------------------------------------------------------------- rewards and scores
 
-def is_right(text, example):
-    found = final_answer(text)
-    return found is not None and same(found, example["answer"])
+def is_right(answer, example):
+    """Whether an answer, LaTeX or None, is the solution's."""
+    return answer is not None and same(answer, example["answer"])
 
 
 def reward(text, example):
@@ -112,21 +112,21 @@ def reward(text, example):
     """
     answer = closed_answer(text)
     boxed = last_box(text if answer is None else answer) is not None
-    return {"format": 0.25 + 0.5 * (answer is not None) + 0.25 * boxed, "correct": 2.0 * is_right(text, example)}
+    return {"format": 0.25 + 0.5 * (answer is not None) + 0.25 * boxed,
+            "correct": 2.0 * is_right(final_answer(text), example)}
 
 
 def score(text, example):
     """accuracy: a closed answer equal to the solution's; closed, format: as in Countdown."""
-    closed = closed_answer(text) is not None
-    return {"accuracy": float(closed and is_right(text, example)), "closed": float(closed),
+    answer = closed_answer(text)
+    return {"accuracy": float(is_right(unboxed(answer), example)), "closed": float(answer is not None),
             "format": float(is_formatted(text))}
 
 
 def published(text, example):
     """The authors' verdict on a completion, and ours. {name: value} with "of", how much there was to get.
 
-    Theirs: the last box anywhere, or the first answer where there is no box or an empty one. exact: `is_right`.
+    Theirs: the last box anywhere, or the first answer where there is no box or an empty one. exact: of the last answer.
     """
-    found = last_box(text) or first_answer(text)
-    return {"published": float(found is not None and same(found, example["answer"])), "of": 1,
-            "exact": float(is_right(text, example))}
+    return {"published": float(is_right(last_box(text) or first_answer(text), example)), "of": 1,
+            "exact": float(is_right(final_answer(text), example))}
