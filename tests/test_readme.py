@@ -5,12 +5,13 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import plot
 import sample
 import train_grpo
 import train_sft
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"sample.py": sample, "train_sft.py": train_sft, "train_grpo.py": train_grpo}
+SCRIPTS = {"plot.py": plot, "sample.py": sample, "train_sft.py": train_sft, "train_grpo.py": train_grpo}
 LINKS = re.findall(r"\[([^\]]+)\]\((?!https?:)([^)#]+)(?:#L(\d+))?\)", README)
 COMMANDS = re.findall(r"(?:python|torchrun(?: --nproc_per_node \d+)?) (\w+\.py)(.*)", README)
 
