@@ -102,8 +102,8 @@ def encode_rows(examples, tokenizer, args, procs):
             completion += [tokenizer.eos_id] * (args.gen_length - len(completion))
             rows.append((prompt + completion, len(prompt)))
     if empty or long:
-        procs.print(f"skipped {empty} rows without a completion and {'cut' if args.truncate else 'skipped'} {long} "
-                    f"longer than {args.max_length} tokens")
+        procs.print(f"skipped {empty} rows without a completion and {'cut ' if args.truncate else ''}{long} longer "
+                    f"than {args.max_length} tokens")
     if len(rows) < args.batch_size + 1:
         raise ValueError(f"{len(rows)} usable rows do not fill a batch of {args.batch_size} and a held-out row")
     return rows

@@ -617,7 +617,7 @@ def test_sft_trains_on_s1k(tmp_path, capsys):
     long = {**row, "thinking_trajectories": ["on and on " * 500]}
     path = write_lines(tmp_path / "rows.jsonl", [row] * 4 + [long, {**row, "question": "why " * 500}])
     sft(tmp_path / "run", path, "--max_length", 300)
-    assert "skipped 0 rows without a completion and skipped 2 longer than 300 tokens" in capsys.readouterr().out
+    assert "skipped 0 rows without a completion and 2 longer than 300 tokens" in capsys.readouterr().out
     assert (tmp_path / "run" / "step_000002" / "model.safetensors").exists()
     args = train_sft.parse_args(["--max_length", "300", "--batch_size", "2", "--gen_length", "0", "--truncate"])
     rows = train_sft.encode_rows(s1k.load(data=path), TINY.tokenizer, args, TINY.procs)

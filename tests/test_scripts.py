@@ -16,7 +16,7 @@ import parallel
 import train_grpo
 import train_sft
 from d1 import draw_indices
-from data import TASKS, countdown
+from data import TASKS, countdown, sudoku
 from data.tokenizer import Tokenizer
 from model import LLaDA, load_lora
 from parallel import Processes
@@ -383,6 +383,8 @@ def test_noise_masks_the_completion_and_its_padding_but_never_the_prompt():
 
 def test_tasks_have_the_three_functions():
     for task in TASKS.values():
+        assert callable(task.load)  # of public data in tests/test_benchmarks.py
+    for task in (countdown, sudoku):
         example = task.load("test", count=1)[0]
         assert "prompt" in example and isinstance(task.reward("", example), dict)
         assert "accuracy" in task.score("", example)
