@@ -11,6 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from conftest import ROOT, golden, worst
 from safetensors.torch import load_file, save_file
 
 import model as model_file
+import parallel
 import train_grpo
 import train_sft
 from d1 import completion_mask, generator, group_advantages
@@ -65,10 +68,10 @@ def build(module, args, procs, dtype=torch.float32):
     return model
 
 
-def sft_gradients(procs, *more, dtype=torch.float32):
+def sft_gradients(procs, *more):
     """One train_step on 12 rows: its loss and every gradient, whole."""
     args = parse(train_sft, *SFT, *more)
-    model = build(train_sft, args, procs, dtype)
+    model = build(train_sft, args, procs)
     rows = [(torch.randint(480, (12 + i % 7,), generator=generator("row", i)).tolist(), 3 + i % 5) for i in range(12)]
     caught = Catch(model, procs)
     row = train_sft.train_step(0, model, caught, rows, TOKENIZER, args, procs)
@@ -93,10 +96,10 @@ def a_rollout(model, procs, args, G=3, P=7, L=9):
     return rollout
 
 
-def grpo_gradients(procs, *more, dtype=torch.float32):
+def grpo_gradients(procs, *more):
     """One update_policy on 12 prompts: what it logs and every gradient, whole."""
     args = parse(train_grpo, *GRPO, *more)
-    model = build(train_grpo, args, procs, dtype)
+    model = build(train_grpo, args, procs)
     rollout, caught = a_rollout(model, procs, args), Catch(model, procs)
     slices = [slice(i, i + args.microbatch) for i in range(0, len(rollout.prompt), args.microbatch)]
     row = train_grpo.update_policy(0, 0, model, caught, rollout, slices, args, procs, TOKENIZER.mask_id)
@@ -184,13 +187,28 @@ def each_reads_its_part(procs, replicas):
     assert total == sum(p.numel() for p in model.parameters()) * replicas
 
 
+def saved_shard_by_shard(procs, folder):
+    """The main process never holds more than a file of the full weights, the others none of them."""
+    model, held = build(train_sft, parse(train_sft, *SFT), procs), [0]
+
+    def whole(p):
+        full = procs.whole(p)
+        held.append(held[-1] + full.nbytes)
+        weakref.finalize(full, lambda size: held.append(held[-1] - size), full.nbytes)
+        return full
+    with tempfile.TemporaryDirectory() as nowhere:
+        model.save_pretrained(folder if procs.is_main else nowhere, max_shard_bytes=150_000, whole=whole)
+    total = sum(4 * p.numel() for p in model.parameters())
+    assert 100_000 < max(held) <= 150_000 < total / 3 if procs.is_main else max(held) == 0
+
+
 def unequal_work(procs):
     """Inside gathered(), a process may run as many forward passes as it likes; afterwards training goes on."""
-    args, ids = parse(train_sft, *SFT), torch.arange(40).view(2, 20)
-    model = build(train_sft, args, procs)
+    model, ids = build(train_sft, parse(train_sft, *SFT), procs), torch.arange(40).view(2, 20)
     with torch.no_grad(), gathered(model):
         logps = [model(ids[:, :20 - i], targets=ids[:, :20 - i]) for i in range(1 + 2 * procs.rank)][0]
-    return {"inside": logps, "after": model(ids, targets=ids).detach()}
+    model(ids, targets=ids).mean().backward()
+    return {"inside": logps} | {name: procs.whole(p.grad) for name, p in model.named_parameters()}
 
 
 def equal_work_where_weights_stay_sharded(procs):
@@ -247,9 +265,11 @@ def worker(small, out, replicas, resume=""):
             if procs.is_main:
                 save_file({key: t.contiguous() for key, t in tensors.items()}, out / f"{name}.safetensors")
         each_reads_its_part(procs, replicas)
+        saved_shard_by_shard(procs, out / "shards")
         not_finite_on_one_process(procs)
         for module in (train_sft, train_grpo):  # one group of processes for all of them
             module.processes = lambda *_: contextlib.nullcontext(procs)
+        parallel.MAX_FILE_BYTES = 20_000  # optimizer files
         for name in RUNS:
             more = ["--resume"] if resume else []
             run(name, small, (Path(resume) if resume else out) / name, *more, "--replicas", replicas)
@@ -266,9 +286,13 @@ def torchrun(nodes, count, *words):
               "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"]
     jobs = [subprocess.Popen(list(map(str, [*launch, *words])), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                              text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(nodes)]
-    for job in jobs:
-        errors = job.communicate(timeout=300)[1]
-        assert job.returncode == 0, errors[-5000:]
+    try:
+        for job in jobs:
+            errors = job.communicate(timeout=300)[1]
+            assert job.returncode == 0, errors[-5000:]
+    finally:
+        for job in jobs:
+            job.terminate()  # does nothing where it has ended
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +382,7 @@ def test_many_processes_give_the_numbers_of_one(alone, many, name):
 def files(run, number=-1):
     """Every tensor of a checkpoint of a run, the last."""
     folder = sorted(run.glob("step_*"))[number]
-    return {f"{path.stem}/{name}": t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 def rows(run):
@@ -390,11 +414,18 @@ def test_many_processes_give_the_run_of_one(whole, two, four, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_saved_on_two_processes_resumed_on_one_and_on_three(small, whole, two, three, name, tmp_path, capsys):
     resumed = cut(two, tmp_path / "resumed") / name
+    assert "LoRA" in name or (resumed / "step_000002/optimizer-3.safetensors").exists()  # more files than one
     run(name, small, resumed, "--resume")
     shown = capsys.readouterr().out
     assert f"resumed from {resumed}/step_000002" in shown and "resumed on 1 processes, not 2" in shown
     assert_same_run(whole / name, resumed)
     assert_same_run(whole / name, three / "resumed" / name)
+
+
+def test_what_many_processes_save_one_reads(many):
+    one, saved = (model_file.LLaDA.from_pretrained(folder).state_dict() for folder in (MODEL, many / "shards"))
+    assert len(list((many / "shards").glob("*.safetensors"))) > 3
+    assert one.keys() == saved.keys() and all(torch.equal(one[name], saved[name]) for name in one)
 
 
 def test_two_launches_of_torchrun_are_two_nodes_of_one_job(two):
