@@ -351,9 +351,8 @@ class Run:
         logged = state["step"] - bool(state["unlogged"])
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl") if self.procs.is_main else ():
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= logged]
-                write_text(path, "".join(kept))
+                kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= logged]
+                write_text(path, "".join(line + "\n" for line in kept))
         self.state, self.start = state, time.monotonic() - state["seconds"]
         return state
 
@@ -422,6 +421,11 @@ class Run:
     def finish(self, summary):
         if self.procs.is_main:
             write_json(self.out / "summary.json", summary)
+
+
+def whole_lines(path):
+    """The lines of a log without a last one that is torn, perhaps within a character. Texts may hold other line ends."""
+    return [line.decode() for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def lock(path):

@@ -30,7 +30,7 @@ from data.published import PREFILL, beside_the_paper, find_generations, grade, g
 from data.tokenizer import Tokenizer
 from model import Config, LLaDA, find_checkpoint
 from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder, one_line_errors, pick_dtype,
-                      processes, progress, write_text)
+                      processes, progress, whole_lines, write_text)
 
 # option: (the paper's value, the embedded model's)
 SAMPLING = {"gen_length": (256, 32), "diffusion_steps": (128, 32), "block_length": (32, 8), "rollout_batch": (8, 128)}
@@ -330,7 +330,7 @@ def read_problems(args, task, tokenizer, room, procs):
 
 def read_done(path, examples):
     """The rows of an evaluation that was interrupted; a last line that is torn is dropped, also from the file."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = whole_lines(path) if path.exists() else []
     rows = [json.loads(line) for line in lines]
     for row, example in zip(rows, examples):
         if row["prompt"] != example["prompt"]:

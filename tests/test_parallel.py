@@ -79,13 +79,18 @@ def one_bit(folder):
     (folder / "optimizer.safetensors").write_bytes(data)
 
 
+def no_optimizer(folder):
+    (folder / "optimizer.safetensors").unlink()
+
+
 def no_state(folder):
     (folder / "state.json").unlink()
 
 
 @pytest.mark.parametrize("damage, words", [
     (no_marker, "not complete"), (shorter, "optimizer.safetensors is damaged"),
-    (one_bit, "optimizer.safetensors is damaged"), (no_state, "state.json is missing")])
+    (one_bit, "optimizer.safetensors is damaged"), (no_state, "state.json is missing"),
+    (no_optimizer, "optimizer.safetensors is missing")])
 def test_a_damaged_checkpoint_is_skipped_and_named(run, capsys, damage, words):
     good, bad = save(run, 1), save(run, 2)
     damage(bad)
@@ -112,6 +117,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(run, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(run, 2)
     assert resumed(run).checkpoint == good
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_checkpoint_before(tmp_path):
+    """The real script, where no file may grow over a megabyte from the second step on."""
+    limited = ("import resource, signal, sys, train_sft\n"
+               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+               "if '--resume' in sys.argv: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+               "train_sft.main(train_sft.parse_args())")
+    words = [sys.executable, "-c", limited, "--task", "countdown", "--count", "40", "--batch_size", "4", "--save_every",
+             "1", "--device", "cpu", "--out", str(tmp_path / "run"), "--steps"]
+    first = subprocess.run([*words, "1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert first.returncode == 0, first.stderr
+    second = subprocess.run([*words, "2", "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert second.returncode != 0 and "File too large" in second.stderr
+    assert checkpoint_fault(tmp_path / "run" / "step_000001") is None
+    assert not (tmp_path / "run" / "step_000002").exists()
 
 
 def test_a_checkpoint_written_twice_stays_as_it_was(run):
@@ -190,14 +211,14 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
 @pytest.mark.parametrize("unlogged, kept", [(None, [1, 2]), ([{"step": 2}, []], [1])])
 def test_the_log_is_cut_back_to_the_checkpoint(run, unlogged, kept):
     for step in (1, 2, 3):
-        run.log("metrics.jsonl", [{"step": step}])
-    with open(run.out / "metrics.jsonl", "a") as log:
-        log.write('{"step": 4, "lo')  # killed while it wrote
+        run.log("metrics.jsonl", [{"step": step, "text": "another line end \u2028 in a text"}])
+    with open(run.out / "metrics.jsonl", "ab") as log:
+        log.write('{"step": 4, "text": "é'.encode()[:-1])  # killed while it wrote, within a character
     save(run, 2, unlogged=unlogged)
     run.lock.close()
     state = restore(Run(run.out, OPTIONS, ALONE, resume=True))
     assert (state["step"], state["unlogged"]) == (2, unlogged)
-    assert [json.loads(line)["step"] for line in (run.out / "metrics.jsonl").read_text().splitlines()] == kept
+    assert [json.loads(line)["step"] for line in (run.out / "metrics.jsonl").read_text().split("\n")[:-1]] == kept
 
 
 # ---------------------------------------------------------------- signals
