@@ -424,7 +424,7 @@ class Run:
 
 
 def whole_lines(path):
-    """The lines of a log without a last one that is torn, perhaps within a character. Texts may hold other line ends."""
+    """The lines of a log without a last one that is torn, perhaps within a character. Texts hold other line ends."""
     return [line.decode() for line in path.read_bytes().split(b"\n")[:-1]]
 
 

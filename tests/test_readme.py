@@ -13,7 +13,7 @@ import train_sft
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"plot.py": plot, "sample.py": sample, "train_sft.py": train_sft, "train_grpo.py": train_grpo}
 LINKS = re.findall(r"\[([^\]]+)\]\((?!https?:)([^)#]+)(?:#L(\d+))?\)", README)
-COMMANDS = re.findall(r"(?:python|torchrun(?: --nproc_per_node \d+)?) (\w+\.py)(.*)", README)
+COMMANDS = re.findall(r"(?:python|torchrun(?: --\w+ \S+)*) +(\w+\.py)(.*)", README.replace("\\\n", ""))
 
 
 def test_the_readme_has_links_and_commands():
