@@ -101,6 +101,10 @@ def processes(device=None, timeout=600):
     try:
         yield Processes(rank, world, torch.device(device))
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise SystemExit(f"error: rank {rank}: out of memory on {device}; what helps: a smaller --rollout_batch; "
+                             "in training --microbatch 1, --checkpoint_activations, a smaller --lora_r, more "
+                             f"processes (--plan tells what fits) ({str(error).splitlines()[0]})") from None
         if world == 1 or not LOST.search(str(error)):
             raise
         raise SystemExit(f"error: rank {rank}: another process failed, or did not arrive within --timeout {timeout:g} "
@@ -132,8 +136,12 @@ def one_line_errors():
 
 
 def pick_dtype(name, device):
-    """The dtype of the weights: as named, else bfloat16 on a GPU and float32 elsewhere."""
-    return getattr(torch, name or ("bfloat16" if torch.device(device).type == "cuda" else "float32"))
+    """The dtype of the weights: as named, else bfloat16 on a GPU that has it and float32 elsewhere."""
+    gpu = torch.device(device).type == "cuda"
+    able = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bfloat16" and not able:
+        raise ValueError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} does not have it: use float32")
+    return getattr(torch, name or ("bfloat16" if gpu and able else "float32"))
 
 
 def fill_defaults(args, table, config):
