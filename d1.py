@@ -63,14 +63,21 @@ def sft_loss(logits, ids, masked, t, answer, per_sequence=False):
     (LLaDA's GUIDELINES). EOS padding counts as answer in both: that is how the model learns to stop.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    ce = F.cross_entropy(logits, ids[masked], reduction="none")  # (M,)
-    weight = 1.0 / t[:, None].expand_as(ids)  # (B, T)
+    return sft_loss_of(-F.cross_entropy(logits, ids[masked], reduction="none"), masked, t, answer, per_sequence)
+
+
+def sft_loss_of(logps, masked, t, answer, per_sequence=False):
+    """`sft_loss` from the log-probabilities (M,) of the masked tokens: `model(..., keep=masked, targets=ids[masked])`.
+
+    Where the vocabulary is large this is the form to train with: the logits never exist all at once.
+    """
+    weight = 1.0 / t[:, None].expand_as(masked)  # (B, T)
     if per_sequence:
         length = answer.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
-        weight = weight / length / len(ids)
+        weight = weight / length / len(masked)
     else:
         weight = weight / answer.sum().clamp(min=1)
-    return (ce * weight[masked].to(ce.dtype)).sum()
+    return -(logps * weight[masked].to(logps.dtype)).sum()
 
 
 # ---------------------------------------------------------------- diffu-GRPO
@@ -90,10 +97,9 @@ def one_step_logps(model, prompt, prompt_masked, completions, mask_id, attn_mask
     rows = torch.cat([noised, noised.new_full((N * K, L), mask_id)], dim=1)  # (N * K, T)
     if attn_mask is not None:
         attn_mask = F.pad(attn_mask, (0, L), value=True).repeat_interleave(K, dim=0)  # (N * K, T)
-    logits = model(rows, attn_mask=attn_mask, keep=slice(P, P + L))  # (N * K, L, V)
-    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).view(N, K, L, -1)
-    index = completions.transpose(1, 2)[:, None].expand(N, K, L, G)
-    return logps.gather(-1, index).transpose(2, 3)  # (N, K, G, L)
+    targets = completions.transpose(1, 2).repeat_interleave(K, dim=0)  # (N * K, L, G)
+    logps = model(rows, attn_mask=attn_mask, keep=slice(P, P + L), targets=targets)
+    return logps.view(N, K, L, G).transpose(2, 3)  # (N, K, G, L)
 
 
 def completion_mask(completions, eos_id):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # Fields that would change the network, each with the one value implemented here (all published LLaDA files have it).
@@ -33,6 +34,7 @@ SUPPORTED = {
 }
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")  # every matrix of a block
 MAX_SHARD_BYTES = 5_000_000_000
+HEAD_CHUNK = 2 ** 26  # logits that exist at a time while tokens are scored: 0.25 GB in float32
 # what a standard loader of LLaDA reads beside config and weights; carried along by `merge`, code never run
 CARRIED = ("config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer*.json",
            "special_tokens_map.json", "*.jinja", "*.py")
@@ -115,6 +117,34 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def token_logps(x, head, targets):
+    """log p of given tokens from the features before the head, in float32 or wider, at temperature 1.
+
+    x (..., C); head (V, C); targets (...,) int64, or (..., G) for G tokens at each position. Returns targets' shape.
+    Goes through the head in chunks of positions, each computed again in the backward pass: no (positions, V) tensor
+    exists, neither now nor kept for the gradient.
+    """
+    def score(x, targets):
+        return at_least_float32(F.linear(x, head)).log_softmax(-1).gather(-1, targets)
+
+    tokens = targets if targets.dim() == x.dim() else targets[..., None]
+    size = max(1, HEAD_CHUNK // len(head))
+    chunks = zip(x.flatten(0, -2).split(size), tokens.flatten(0, -2).split(size))  # (size, C), (size, G)
+    logps = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.cat(logps).view(targets.shape).clone()  # FSDP wants an output that is no view
+
+
+@torch.no_grad()
+def fill(p, read):
+    """Set a parameter to a tensor of which read(slice) gives rows. One that is spread over processes needs another."""
+    p.copy_(read(slice(None)))
+
+
+def whole(p):
+    """The full values of a parameter on the CPU. The counterpart of `fill`, likewise to be replaced."""
+    return p.detach().cpu()
+
+
 class RMSNorm(nn.Module):
     """LLaDA casts back *before* the weight; torch.nn.RMSNorm after it, which changes a quarter of bfloat16 outputs."""
 
@@ -186,11 +216,17 @@ class LLaDA(nn.Module):
             parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)  # the LM head
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})  # so that names equal the checkpoint's
 
-    def forward(self, ids, attn_mask=None, keep=None):
+    @property
+    def blocks(self):
+        return self.model["transformer"]["blocks"]
+
+    def forward(self, ids, attn_mask=None, keep=None, targets=None):
         """Logits for every position, or only for those in `keep`, which are chosen before the head.
 
         ids (B, T) int64; attn_mask (B, T) bool, False at padding, whose keys no query sees; keep: a slice of positions
         -> (B, k, V), an int64 tensor (B, k) -> (B, k, V), or a bool tensor (B, T) -> (number of True, V).
+        targets: tokens at the kept positions, one or G of each, (B, k[, G]) or (number of True[, G]): instead of logits
+        their log-probabilities come back, see `token_logps`.
         """
         net, length = self.model["transformer"], ids.shape[1]
         if length > self.config.max_sequence_length:
@@ -199,7 +235,7 @@ class LLaDA(nn.Module):
         cos, sin = rope_tables(length, self.config.head_dim, self.config.rope_theta, ids.device)
         if attn_mask is not None:
             attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): every query sees the same keys
-        for block in net["blocks"]:
+        for block in self.blocks:
             x = block(x, cos, sin, attn_mask)
         if isinstance(keep, slice):
             x = x[:, keep]  # (B, k, C)
@@ -207,44 +243,53 @@ class LLaDA(nn.Module):
             x = x[keep]  # (M, C)
         elif keep is not None:
             x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, k, C)
-        x = net["ln_f"](x)
-        return F.linear(x, net["wte"].weight) if self.config.weight_tying else net["ff_out"](x)
+        x, head = net["ln_f"](x), net["wte" if self.config.weight_tying else "ff_out"].weight
+        return F.linear(x, head) if targets is None else token_logps(x, head, targets)
 
-    @torch.no_grad()
-    def init_weights(self, generator):
+    def init_weights(self, generator, fill=fill):
         """Random weights: normal(0, init_std), the two projections into the residual smaller by sqrt(2 layers)."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
-                p.fill_(1.0)
+                full = torch.ones(p.shape)
             else:
                 into_residual = ".blocks." in name and name.endswith(("attn_out.weight", "ff_out.weight"))
                 std = self.config.init_std / ((2 * self.config.n_layers) ** 0.5 if into_residual else 1.0)
-                p.normal_(0.0, std, generator=generator)
+                full = torch.empty(p.shape).normal_(0.0, std, generator=generator)
+            fill(p, full.__getitem__)
         return self
 
     @classmethod
-    def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
-        """Load a checkpoint folder or hub id: strict, safetensors only. Errors: one line that names file and tensor."""
-        folder = find_checkpoint(name)
-        with torch.device("meta"):
-            model = cls(Config.from_folder(folder))
-        expected = {key: tuple(p.shape) for key, p in model.named_parameters()}
-        loaded = {}
-        for path, names in weight_files(folder, expected).items():
-            with open_safetensors(path) as file:
-                for key in names:
-                    loaded[key] = read_tensor(file, key, path).to(device=device, dtype=dtype)
-        model.load_state_dict(loaded, strict=True, assign=True)
-        return model
+    def empty(cls, config, device="cpu", dtype=torch.float32, shape=None):
+        """A model whose weights are still to be filled in. shape(model) may add adapters or shard it before it has any.
 
-    def save_pretrained(self, folder, max_shard_bytes=MAX_SHARD_BYTES):
-        """Write config.json and safetensors as LLaDA does: one file, or shards and an index above `max_shard_bytes`."""
+        So it never takes more memory than what this process holds of it in the end.
+        """
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        if shape:
+            shape(model)
+        return model.to_empty(device=device)
+
+    @classmethod
+    def from_pretrained(cls, name, device="cpu", dtype=torch.float32, shape=None, fill=fill):
+        """Load a checkpoint folder or hub id: strict, safetensors only. Errors: one line that names file and tensor.
+
+        shape: see `empty`; fill: see the function, another one reads only the rows that a process holds.
+        """
+        folder = find_checkpoint(name)
+        return read_weights(cls.empty(Config.from_folder(folder), device, dtype, shape), folder, fill)
+
+    def save_pretrained(self, folder, max_shard_bytes=MAX_SHARD_BYTES, whole=whole):
+        """Write config.json and safetensors as LLaDA does: one file, or shards and an index above `max_shard_bytes`.
+
+        whole: gives the full values of a parameter; called shard by shard, so that no more than one is in memory.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if any(isinstance(m, LoRALinear) for m in self.modules()):
             raise ValueError("merge_lora(model) first, or save_lora(model, folder): a checkpoint holds plain weights")
         (folder / "config.json").write_text(json.dumps(self.config.raw, indent=2) + "\n")
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        tensors = dict(self.named_parameters())
         sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
         shards = [[]]
         for name in tensors:
@@ -252,13 +297,13 @@ class LLaDA(nn.Module):
                 shards.append([])
             shards[-1].append(name)
         if len(shards) == 1:
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            save_file({n: whole(t) for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
             (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # an older one would win when loading
             return
         weight_map = {}
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
+            save_file({n: whole(tensors[n]) for n in names}, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -360,14 +405,24 @@ def report_names(folder, expected, found):
                              "checkpoint?")
 
 
+def read_weights(model, folder, fill=fill):
+    """Fill the weights of the model from a checkpoint folder, adapters aside, one tensor at a time."""
+    weights = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
+    for path, names in weight_files(folder, {name: tuple(p.shape) for name, p in weights.items()}).items():
+        with open_safetensors(path) as file:
+            for key in names:
+                fill(weights[key], lambda rows: read_tensor(file, key, path, rows))
+    return model
+
+
 def load_tensor(path, key):
     with open_safetensors(path) as file:
         return read_tensor(file, key, path)
 
 
-def read_tensor(file, key, path):
-    """One tensor; raises ValueError where it is not floating point or holds NaN or Inf."""
-    tensor = file.get_tensor(key)
+def read_tensor(file, key, path, rows=slice(None)):
+    """Rows of one tensor; raises ValueError where it is not floating point or holds NaN or Inf."""
+    tensor = file.get_slice(key)[rows]
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{path}: {key} has dtype {tensor.dtype}; only float64, float32, float16, bfloat16 are read")
     if not torch.isfinite(tensor).all():
@@ -380,40 +435,36 @@ def read_tensor(file, key, path):
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / r) B A x with W frozen. A subclass, so that the weight keeps its name in the checkpoint."""
 
-    def __init__(self, base, r, alpha, generator):
+    def __init__(self, base, r, alpha):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = base.weight.requires_grad_(False)
-        device = "cpu" if base.weight.is_meta else base.weight.device  # `merge` needs the adapters without the base
         self.scale, self.active = alpha / r, True
         # float32 even over a bfloat16 base: steps of 3e-6 would vanish in eight bits of mantissa
-        wide = torch.promote_types(base.weight.dtype, torch.float32)
-        bound = base.in_features ** -0.5  # kaiming_uniform(a=sqrt(5)), PEFT's initialisation; B = 0 starts at the base
-        a = torch.rand(r, base.in_features, generator=generator, dtype=torch.float32) * 2 * bound - bound
-        self.lora_A = nn.Parameter(a.to(device, wide))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=wide))
+        wide = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **wide))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, r, **wide))
 
     def forward(self, x):
         y = F.linear(x, self.weight)
         if not self.active:
             return y
-        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)
-        return y + (self.scale * F.linear(low, self.lora_B)).to(y.dtype)
+        low = F.linear(x, self.lora_A.to(x.dtype))  # kept in float32, computed in the model's dtype
+        return y + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
-    def merged(self, weight):
+    def merged(self, weight, A, B):
         """weight + scale B A, summed in float32 or wider and rounded once."""
-        wide = weight.to(torch.promote_types(weight.dtype, self.lora_B.dtype)) + self.scale * self.lora_B @ self.lora_A
-        return wide.to(weight.dtype)
+        return (weight.to(torch.promote_types(weight.dtype, B.dtype)) + self.scale * B @ A).to(weight.dtype)
 
 
 def lora_modules(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def add_lora(model, r, alpha, targets, generator):
+def add_lora(model, r, alpha, targets, generator=None):
     """Freeze the model and put an adapter on every block matrix named in `targets`. Changes nothing until trained.
 
-    r, alpha: rank and scale (the update is alpha / r * B A); targets: names of LORA_TARGETS; generator: a CPU one.
-    Raises ValueError for an unknown target or where adapters are on already.
+    r, alpha: rank and scale (the update is alpha / r * B A); targets: names of LORA_TARGETS; generator: of `init_lora`,
+    None where that is called later. Raises ValueError for an unknown target or where adapters are on already.
     """
     unknown = set(targets) - set(LORA_TARGETS)
     if unknown or not targets or r < 1:
@@ -421,10 +472,20 @@ def add_lora(model, r, alpha, targets, generator):
     if lora_modules(model):
         raise ValueError("this model has adapters already: merge_lora(model) first")
     model.requires_grad_(False)
-    for block in model.model["transformer"]["blocks"]:
+    for block in model.blocks:
         for target in LORA_TARGETS:
             if target in targets:
-                setattr(block, target, LoRALinear(getattr(block, target), r, alpha, generator))
+                setattr(block, target, LoRALinear(getattr(block, target), r, alpha))
+    return init_lora(model, generator) if generator else model
+
+
+def init_lora(model, generator, fill=fill):
+    """PEFT's start, kaiming_uniform(a=sqrt(5)) for A and 0 for B, so that the model is still its base."""
+    for m in lora_modules(model).values():
+        bound = m.in_features ** -0.5
+        a = torch.rand(m.lora_A.shape, generator=generator) * 2 * bound - bound
+        fill(m.lora_A, a.__getitem__)
+        fill(m.lora_B, torch.zeros(m.lora_B.shape).__getitem__)
     return model
 
 
@@ -446,17 +507,17 @@ def merge_lora(model):
     """Fold the adapters into the weights and take them off. Raises ValueError if there are none (merged already?)."""
     if not lora_modules(model):
         raise ValueError("no adapters to merge: they were merged already, or never added")
-    for block in model.model["transformer"]["blocks"]:
+    for block in model.blocks:
         for target in LORA_TARGETS:
             layer = getattr(block, target)
             if isinstance(layer, LoRALinear):
                 plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(layer.merged(layer.weight))
+                plain.weight = nn.Parameter(layer.merged(layer.weight, layer.lora_A, layer.lora_B))
                 setattr(block, target, plain)
     return model.requires_grad_(True)
 
 
-def save_lora(model, folder, base=""):
+def save_lora(model, folder, base="", whole=whole):
     """Write adapter_model.safetensors and adapter_config.json under PEFT's names. `base`: where the base model lies."""
     modules = lora_modules(model)
     if not modules:
@@ -471,27 +532,24 @@ def save_lora(model, folder, base=""):
               "target_modules": rf".*\.blocks\.\d+\.({'|'.join(targets)})", "lora_dropout": 0.0, "bias": "none",
               "fan_in_fan_out": False, "inference_mode": True, "task_type": None}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {f"base_model.model.{name}.lora_{x}.weight": getattr(m, f"lora_{x}").detach().cpu().contiguous()
+    tensors = {f"base_model.model.{name}.lora_{x}.weight": whole(getattr(m, f"lora_{x}"))
                for name, m in modules.items() for x in "AB"}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def save_weights(model, folder, base=""):
+def save_weights(model, folder, base="", whole=whole):
     """The adapter where the model has one, else the whole model: what a training run saves."""
-    save_lora(model, folder, base) if lora_modules(model) else model.save_pretrained(folder)
+    save_lora(model, folder, base, whole) if lora_modules(model) else model.save_pretrained(folder, whole=whole)
 
 
-def load_weights(model, folder):
+def load_weights(model, folder, fill=fill):
     """The counterpart of `save_weights`: into a model that has the same form, adapters included."""
     for layer in list(lora_modules(model).values())[:1]:
         config, r = adapter_config(folder), layer.lora_A.shape[0]
         if (config["r"], config["lora_alpha"]) != (r, layer.scale * r):
             raise ValueError(f"{folder}: this adapter needs --lora_r {config['r']} --lora_alpha "
                              f"{config['lora_alpha']:g}, the options say {r} and {layer.scale * r:g}")
-        return read_adapter(model, folder)
-    some = next(model.parameters())
-    model.load_state_dict(LLaDA.from_pretrained(folder, some.device, some.dtype).state_dict())
-    return model
+    return (read_adapter if lora_modules(model) else read_weights)(model, folder, fill)
 
 
 def adapter_config(folder):
@@ -512,7 +570,7 @@ def adapter_config(folder):
     return config
 
 
-def load_lora(model, folder):
+def load_lora(model, folder, fill=fill):
     """Put the adapter of `folder` (ours or PEFT's) on the model. Raises ValueError where it belongs to another base."""
     folder = Path(folder)
     config = adapter_config(folder)
@@ -521,11 +579,11 @@ def load_lora(model, folder):
     targets = [t for t in LORA_TARGETS if any(f".{t}.lora_" in name for name in names)]
     if not targets:
         raise ValueError(f"{folder}: no LoRA tensor of a LLaDA block in adapter_model.safetensors")
-    add_lora(model, config["r"], config["lora_alpha"], targets, torch.Generator().manual_seed(0))
-    return read_adapter(model, folder)
+    add_lora(model, config["r"], config["lora_alpha"], targets)
+    return read_adapter(model, folder, fill)
 
 
-def read_adapter(model, folder):
+def read_adapter(model, folder, fill=fill):
     """Copy adapter_model.safetensors into the adapters of the model, which must be the same ones."""
     path = Path(folder) / "adapter_model.safetensors"
     with open_safetensors(path) as file:
@@ -537,7 +595,7 @@ def read_adapter(model, folder):
         if parameter.shape != tensors[key].shape:
             raise ValueError(f"{folder}: {key} has shape {tuple(tensors[key].shape)}, this model needs "
                              f"{tuple(parameter.shape)}: an adapter of another base?")
-        parameter.data.copy_(tensors[key])
+        fill(parameter, tensors[key].__getitem__)
     return model
 
 
@@ -558,12 +616,13 @@ def merge(base, trained, out):
     with torch.device("meta"):
         model = LLaDA(Config.from_folder(folder))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    files, layers, source, record = weight_files(folder, shapes), {}, {}, folder / "merged.json"
+    files, layers, values, source, record = weight_files(folder, shapes), {}, {}, {}, folder / "merged.json"
     merges = json.loads(record.read_text()) if record.is_file() else []
     if (trained / "config.json").is_file():
         source = {key: path for path, names in weight_files(trained, shapes).items() for key in names}
     else:
-        layers = {f"{name}.weight": layer for name, layer in lora_modules(load_lora(model, trained)).items()}
+        load_lora(model, trained, lambda p, read: values.update({p: read(slice(None))}))  # on the meta device, all else
+        layers = {f"{name}.weight": layer for name, layer in lora_modules(model).items()}
         merges = add_merge(merges, base, trained)
     half = out.with_name(out.name + ".tmp")
     shutil.rmtree(half, ignore_errors=True)
@@ -576,7 +635,8 @@ def merge(base, trained, out):
         for key in source.keys() & names:
             tensors[key] = load_tensor(source[key], key).to(tensors[key].dtype)
         for key in layers.keys() & names:
-            tensors[key] = layers[key].merged(tensors[key])
+            layer = layers[key]
+            tensors[key] = layer.merged(tensors[key], values[layer.lora_A], values[layer.lora_B])
         save_file(tensors, half / path.name, metadata={"format": "pt"})
         shutil.copymode(half / "config.json", half / path.name)  # safetensors makes files for the owner alone
     half.rename(out)

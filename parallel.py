@@ -1,9 +1,10 @@
-"""What a run needs besides the algorithm: processes, the run's folder, checkpoints, a log readable without a terminal.
+"""What a run needs besides the algorithm: processes, FSDP2, the run's folder, checkpoints, a log for no terminal.
 
-One process or many run the same script: under torchrun every process takes its share of the prompts, gradients are
-summed (each loss is already a share of the whole batch) and numbers are gathered. Without torchrun all this is a no-op.
+One process or many run the same script: under torchrun every process takes its share of the prompts, holds its share of
+the weights (`parallelise`) and numbers are gathered. Without torchrun all this is a no-op.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,9 +22,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+MAX_FILE_BYTES = 5_000_000_000
 LOST = re.compile("timed? ?out|timeout|connection (closed|reset|refused)|gloo|nccl", re.IGNORECASE)
 
 
@@ -32,6 +40,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
+    timeout: float = 600
 
     @property
     def is_main(self):
@@ -66,15 +75,24 @@ class Processes:
         dist.all_gather(parts, F.pad(mine, (0, longest - len(mine))))
         return [item for part, size in zip(parts, sizes) for item in json.loads(bytes(part[:int(size)].tolist()))]
 
-    def sum_gradients(self, parameters):
-        """Add up .grad over all processes, as one flat tensor. A parameter without gradient counts as zero."""
-        if self.world == 1:
-            return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for p, part in zip(parameters, flat.split([g.numel() for g in grads])):
-            p.grad = part.view_as(p)
+    def check_replicas(self, replicas):
+        """Raises ValueError where the processes do not divide into that many copies of the model."""
+        if replicas < 1 or self.world % replicas:
+            valid = [r for r in range(1, self.world + 1) if self.world % r == 0]
+            raise ValueError(f"--replicas {replicas} does not divide {self.world} processes: use one of {valid}")
+
+    def deal(self, count):
+        """(index, counts) of this process's items of `count`: as many on every process, so some do one that is done."""
+        return [(i % count, i < count) for i in range(self.rank, -(-count // self.world) * self.world, self.world)]
+
+    def whole(self, tensor):
+        """The full values of a tensor on the CPU of the main process, nothing on the others. All must call."""
+        full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        return full.cpu() if self.is_main else torch.empty(0)
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
 
     def print(self, *words):
         if self.is_main:
@@ -96,22 +114,114 @@ def processes(device=None, timeout=600):
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(seconds=timeout))
     try:
-        yield Processes(rank, world, torch.device(device))
+        if world > 1:
+            join(device, timeout)
+        yield Processes(rank, world, torch.device(device), timeout)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise SystemExit(f"error: rank {rank}: out of memory on {device}; what helps: a smaller --rollout_batch; "
                              "in training --microbatch 1, --checkpoint_activations, a smaller --lora_r, more "
                              f"processes (--plan tells what fits) ({str(error).splitlines()[0]})") from None
+        if "EADDRINUSE" in str(error):
+            raise SystemExit(f"error: port {os.environ['MASTER_PORT']} is in use, perhaps by another job: "
+                             "give torchrun another --master_port") from None
         if world == 1 or not LOST.search(str(error)):
             raise
         raise SystemExit(f"error: rank {rank}: another process failed, or did not arrive within --timeout {timeout:g} "
                          f"s ({str(error).splitlines()[0]})") from None
     finally:
-        if world > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def join(device, timeout, **alone):
+    backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+
+
+# ---------------------------------------------------------------- FSDP2
+
+def add_parallel_options(p):
+    p.add_argument("--replicas", type=int, default=1, help="copies of the model, each sharded over processes / replicas")
+    p.add_argument("--keep_sharded", action="store_true",
+                   help="never gather all weights at once, also not to sample: less memory, slower")
+    p.add_argument("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass")
+    p.add_argument("--compile", action="store_true", help="compile the blocks")
+    p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
+    p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation, trained weights are kept in "
+                   "float32; default: bfloat16 on a GPU, else float32")
+
+
+def parallelise(model, args, procs, dtype):
+    """Everything that is done to a model from outside, while its weights are still on the meta device.
+
+    The blocks, model.blocks, are compiled, recomputed and sharded one by one. dtype: of the computation; gradients are
+    reduced in float32. With --replicas each copy of the model is spread over processes / replicas (HSDP).
+    One process keeps the model plain, unless it trains all weights in another dtype than it computes in: FSDP over a
+    group of one keeps the float32 weights.
+    """
+    for block in model.blocks:  # their forward, so that FSDP's hooks and the names of the parameters stay outside
+        if args.compile:
+            block.forward = torch.compile(block.forward)
+        if args.checkpoint_activations:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if procs.world == 1:
+        if not all(p.requires_grad and p.dtype != dtype for p in model.parameters()):
+            return
+        join(procs.device, procs.timeout, store=dist.HashStore(), rank=0, world_size=1)
+    # cos and sin of the rotary embedding are inputs of a block and stay in float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = device_mesh(procs, args.replicas)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def device_mesh(procs, replicas):
+    """(processes,), or (replicas, processes / replicas); groups with our timeout, which DeviceMesh would not pass on."""
+    if replicas == 1:
+        return DeviceMesh.from_group(dist.group.WORLD, procs.device.type)
+    ranks, timeout = torch.arange(procs.world).view(replicas, -1), timedelta(seconds=procs.timeout)
+    groups = [dist.new_subgroups_by_enumeration(each.tolist(), timeout)[0] for each in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, procs.device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+@torch.no_grad()
+def fill(p, read):
+    """Set the part of a parameter that this process holds. read(slice) gives rows of the full values."""
+    if not isinstance(p, DTensor):
+        p.copy_(read(slice(None)))
+        return
+    local, dim = p.to_local(), p.device_mesh.ndim - 1  # the last dimension of the mesh shards rows, as torch.chunk does
+    start = -(-len(p) // p.device_mesh.size(dim)) * p.device_mesh.get_local_rank(dim)
+    if len(local):
+        local.copy_(read(slice(start, start + len(local))))
+
+
+@contextlib.contextmanager
+def gathered(model, keep_sharded=False):
+    """Inside, every process has all weights: it runs as many forward passes as it likes, none of which waits for others.
+
+    For sampling and scoring without gradient. keep_sharded: gather block by block in every pass instead, in less
+    memory; then all processes must run equally many. Before an update or a save the weights are spread again.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules if not keep_sharded else ():
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+
+
+def clip_gradients(parameters, limit):
+    """Scale the gradients down to a norm of `limit` over all processes. Returns the norm they had."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def refuse_not_finite(where, grad_norm, per_rank):
@@ -173,31 +283,42 @@ class Run:
 
     A checkpoint is a model folder (weights or adapter, tokenizer) with optimizer.safetensors, state.json and, written
     last, complete.json with the size and SHA-256 of every file: what lacks it or disagrees with it is never resumed.
+    Files hold full tensors, whatever the number of processes: saved on n, a run resumes on m.
     """
 
     def __init__(self, out, options, procs, resume=False, fixed=()):
-        """Open `out`; self.checkpoint is the newest whole checkpoint to go on from, or None at a start.
+        """Look at `out`, before any work. fixed: options that a resumed run may not change.
 
-        fixed: options that a resumed run may not change. Raises ValueError where `out` holds a run and resume is False,
-        where a fixed option differs, or where `out` cannot be written.
+        Raises ValueError where `out` holds a run and resume is False, or where a fixed option differs.
         """
         self.out, self.procs = Path(out), procs
-        options = json.loads(json.dumps(options, default=str))
+        self.options = json.loads(json.dumps(options, default=str))
         old = self.out / "config.json"
         taken = any(procs.gather([old.exists()]))  # everyone has looked before the main process writes
         if taken and not resume:
             raise ValueError(f"--out {out} holds a run already: go on with --resume, or name another folder")
         if taken:
-            self.compare(json.loads(old.read_text())["options"], options, fixed)
+            self.compare(json.loads(old.read_text())["options"], self.options, fixed)
+
+    def open(self):
+        """Begin to write; self.checkpoint is the newest whole checkpoint to go on from, or None at a start.
+
+        Raises ValueError where another process writes in the folder or not every process sees it, OSError where it
+        cannot be written.
+        """
         newest = None
-        if procs.is_main:
+        if self.procs.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.out / ".lock")
             newest = self.newest_checkpoint()
             versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            write_json(old, {"options": options, "versions": versions, "processes": procs.world})
-        found = procs.gather([newest and newest.name])[0]  # one process looks, all go on from the same
+            write_json(self.out / "config.json",
+                       {"options": self.options, "versions": versions, "processes": self.procs.world})
+        found = self.procs.gather([newest and newest.name])[0]  # one process looks, all go on from the same
         self.checkpoint = self.out / found if found else None
+        if found and not self.checkpoint.exists():
+            raise ValueError(f"rank {self.procs.rank} does not see {self.checkpoint}: --out must be on a shared disk")
+        return self
 
     def compare(self, before, now, fixed):
         """Refuse a change of a fixed option, list every other."""
@@ -218,16 +339,20 @@ class Run:
             self.procs.print(f"skipped {folder}: {fault}")
         return None
 
-    def restore(self, model, optimizer, load_weights):
-        """Go on from the checkpoint if there is one: weights and optimizer. Returns the run's state, a dict for `save`.
+    def restore(self, model, optimizer, load, save, *files):
+        """Open the folder and go on from its checkpoint if there is one. Returns self.state, a dict of JSON values.
 
-        Log lines behind it are dropped, a torn last one too: the run writes them again.
+        load(model, folder, fill=) and save(model, folder, whole=) are for the weights; files: each write(folder) adds
+        to a checkpoint. Log lines behind it are dropped, a torn last one too: the run writes them again.
         """
+        self.open()
+        self.files = files
+        self.tensors = (functools.partial(save, model), functools.partial(save_optimizer, model, optimizer))
         # unlogged: a finished step whose evaluation is still to come
         state = {"step": 0, "unlogged": None, "before": None, "after": None, "seconds": 0.0}
         if self.checkpoint:
-            load_weights(model, self.checkpoint)
-            load_optimizer(model, optimizer, self.checkpoint / "optimizer.safetensors")
+            load(model, self.checkpoint, fill=fill)
+            load_optimizer(model, optimizer, self.checkpoint)
             state = json.loads((self.checkpoint / "state.json").read_text())
             self.procs.print(f"resumed from {self.checkpoint}")
         logged = state["step"] - bool(state["unlogged"])
@@ -236,7 +361,13 @@ class Run:
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= logged]
                 write_text(path, "".join(kept))
+        self.state, self.start = state, time.monotonic() - state["seconds"]
         return state
+
+    @property
+    def seconds(self):
+        """How long the run has taken, over all its lives."""
+        return time.monotonic() - self.start
 
     def log(self, file, rows):
         """Append dicts to `file` as JSON lines."""
@@ -244,43 +375,51 @@ class Run:
             with open(self.out / file, "a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def save(self, state, tensors, *writers, keep=2):
-        """Write the checkpoint step_<state["step"]>/: state, a dict of JSON values; tensors; what each writer adds.
+    def save(self, keep=2):
+        """Write the checkpoint step_<step>/: weights, optimizer, state, and the files of others.
 
         Made aside, flushed to the disk, renamed, marked; then all but the newest `keep` are removed. Returns its path.
         """
-        folder = self.out / f"step_{state['step']:06d}"
-        if self.procs.is_main and not (folder.exists() and checkpoint_fault(folder) is None):
+        self.state["seconds"] = self.seconds
+        folder = self.out / f"step_{self.state['step']:06d}"
+        if not any(self.procs.gather([self.procs.is_main and folder.exists() and checkpoint_fault(folder) is None])):
             half = folder.with_suffix(".tmp")
-            for old in (folder, half):
-                shutil.rmtree(old, ignore_errors=True)
-            half.mkdir(parents=True)
-            for write in writers:
-                write(half)
-            save_file(tensors, half / "optimizer.safetensors")
-            write_json(half / "state.json", state)
-            umask = os.umask(0)
-            os.umask(umask)
-            for path in half.iterdir():  # safetensors makes files for the owner alone
-                path.chmod(0o666 & ~umask)
-            marks = {path.name: fingerprint(path) for path in sorted(half.iterdir())}
-            half.rename(folder)
-            flush(self.out)
-            write_json(folder / "complete.json", marks)
-            whole = [f for f in sorted(self.out.glob("step_*[0-9]")) if (f / "complete.json").exists()]
-            for old in whole[:-keep]:
-                shutil.rmtree(old)
-        if self.procs.world > 1:
-            dist.barrier()  # nobody goes on, or leaves, before it is on the disk
+            with tempfile.TemporaryDirectory() as nowhere:  # all gather, but what the others write is empty
+                if self.procs.is_main:
+                    for old in (folder, half):
+                        shutil.rmtree(old, ignore_errors=True)
+                    half.mkdir(parents=True)
+                for write in self.tensors:
+                    write(half if self.procs.is_main else Path(nowhere), whole=self.procs.whole)
+            if self.procs.is_main:
+                self.complete(half, folder, keep)
+        self.procs.wait()  # nobody goes on, or leaves, before it is on the disk
         return folder
 
+    def complete(self, half, folder, keep):
+        """Add what does not take all processes, turn the folder into a checkpoint, then remove the oldest."""
+        for write in self.files:
+            write(half)
+        write_json(half / "state.json", self.state)
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in half.iterdir():  # safetensors makes files for the owner alone
+            path.chmod(0o666 & ~umask)
+        marks = {path.name: fingerprint(path) for path in sorted(half.iterdir())}
+        half.rename(folder)
+        flush(self.out)
+        write_json(folder / "complete.json", marks)
+        whole = [f for f in sorted(self.out.glob("step_*[0-9]")) if (f / "complete.json").exists()]
+        for old in whole[:-keep]:
+            shutil.rmtree(old)
+
     @contextlib.contextmanager
-    def resumable(self, save):
+    def resumable(self):
         """Inside, a run that is asked to stop saves a checkpoint, says how to go on, and exits with code STOPPED."""
         try:
             yield
         except Stopped:
-            self.procs.print(f"stopped; the same command with --resume goes on from {save()}")
+            self.procs.print(f"stopped; the same command with --resume goes on from {self.save()}")
             raise SystemExit(STOPPED) from None
         finally:
             if self.procs.is_main:
@@ -348,23 +487,41 @@ def checkpoint_fault(folder):
     return None
 
 
-def optimizer_tensors(model, optimizer):
-    """{parameter/key: tensor} of the optimizer's state, by the names of the model's parameters."""
-    return {f"{name}/{key}": value.detach().cpu() for name, p in model.named_parameters()
-            for key, value in optimizer.state.get(p, {}).items()}
-
-
-def load_optimizer(model, optimizer, path):
-    """Put back what `optimizer_tensors` gave. Raises ValueError where a parameter has no state in the file."""
-    state = {}
-    for key, value in load_file(path).items():
-        name, key = key.rsplit("/", 1)
-        state.setdefault(name, {})[key] = value
+def save_optimizer(model, optimizer, folder, whole):
+    """Write the state as parameter/key to optimizer.safetensors; what is large is gathered and written file by file."""
+    part, number = {}, 1
     for name, p in model.named_parameters():
-        if p.requires_grad and state:  # empty: saved before the first update
-            if name not in state:
-                raise ValueError(f"{path}: no optimizer state of {name}, is this checkpoint of this run?")
-            optimizer.state[p] = {k: v if v.dim() == 0 else v.to(p) for k, v in state[name].items()}
+        for key, value in optimizer.state.get(p, {}).items():
+            part[f"{name}/{key}"] = whole(value)
+        if sum(t.numel() * t.element_size() for t in part.values()) > MAX_FILE_BYTES:
+            save_file(part, folder / f"optimizer-{number}.safetensors")
+            part, number = {}, number + 1
+    save_file(part, folder / "optimizer.safetensors")
+
+
+def load_optimizer(model, optimizer, folder):
+    """Put back what `save_optimizer` wrote. Raises ValueError where the files are not of these parameters."""
+    trained, found = {name: p for name, p in model.named_parameters() if p.requires_grad}, set()
+    for path in folder.glob("optimizer*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for full in file.keys():
+                name, key = full.rsplit("/", 1)
+                found.add(name)
+                if name in trained:
+                    optimizer.state[trained[name]][key] = read_like(trained[name], file, full)
+    wrong = found ^ trained.keys()
+    if found and wrong:  # none found: saved before the first update
+        raise ValueError(f"{folder}: optimizer state and trained parameters differ in {min(wrong)}, "
+                         "is this checkpoint of this run?")
+
+
+def read_like(p, file, name):
+    """A tensor of a safetensors file, spread over processes like `p`; a single number as it is."""
+    if not file.get_slice(name).get_shape():
+        return file.get_tensor(name)
+    value = torch.zeros_like(p, requires_grad=False)
+    fill(value, lambda rows: file.get_slice(name)[rows])
+    return value
 
 
 # ---------------------------------------------------------------- signals
@@ -379,11 +536,12 @@ class Stopped(Exception):
 class Signals:
     """SIGTERM and Ctrl-C ask the run to end; work wrapped in `droppable` ends at once, on all processes alike.
 
-    A second Ctrl-C leaves immediately: what is saved is never half there.
+    A second Ctrl-C leaves immediately: what is saved is never half there. together: the work in there waits for other
+    processes, so they agree at every check.
     """
 
-    def __init__(self, procs):
-        self.procs, self.wanted = procs, False
+    def __init__(self, procs, together=False):
+        self.procs, self.together, self.wanted = procs, together, False
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -399,15 +557,18 @@ class Signals:
         self.wanted = True
 
     def check(self, *_):
-        if self.wanted:
+        if self.agreed() if self.together else self.wanted:
             raise Stopped
+
+    def agreed(self):
+        return self.procs.sum({"stop": int(self.wanted)})["stop"] > 0
 
     @contextlib.contextmanager
     def droppable(self):
-        """Around work without collectives. Gives `check`, to be called often; raises Stopped on all if one must."""
+        """Gives `check`, to be called often; raises Stopped on all processes if one must."""
         with contextlib.suppress(Stopped):
             yield self.check
-        if self.procs.sum({"stop": int(self.wanted)})["stop"]:
+        if self.agreed():
             raise Stopped
 
 

@@ -174,7 +174,7 @@ def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate",
     Each row holds the example's index, prompt, completion, its metrics and its effective tokens (before the first EOS).
     droppable: of parallel.Signals, where a signal may end the work.
     """
-    indices, rows = list(range(len(examples)))[procs.rank::procs.world], []
+    indices, rows = [i for i, _ in procs.deal(len(examples))], []
     size = sampling["rollout_batch"]
     model.eval()
     with droppable() as check:
@@ -187,7 +187,7 @@ def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate",
                 rows.append({"index": i, "prompt": examples[i]["prompt"], "completion": text, **metrics,
                              "effective_tokens": length})
             show(accuracy=f"{sum(r['accuracy'] for r in rows) / len(rows):.1%}")
-    rows = sorted(procs.gather(rows), key=lambda row: row["index"])
+    rows = sorted({row["index"]: row for row in procs.gather(rows)}.values(), key=lambda row: row["index"])
     names = [name for name in rows[0] if name not in ("index", "prompt", "completion")]
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows
 
@@ -288,7 +288,7 @@ def main(args):
             model = LLaDA.from_pretrained(folder, procs.device, dtype).eval()
             if args.prompt is None and not args.watch:
                 options = {**vars(args), "device": procs.device, "dtype": dtype}
-                run = Run(args.out or free_folder(f"runs/sample-{args.task}"), options, procs)
+                run = Run(args.out or free_folder(f"runs/sample-{args.task}"), options, procs).open()
         if args.prompt is not None or args.watch:
             prompt = args.prompt if args.prompt is not None else examples[0]["prompt"]
             if args.prompt is None:

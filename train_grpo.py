@@ -11,7 +11,6 @@ It is GRPO but for four things:
 """
 import argparse
 import contextlib
-import copy
 import functools
 import math
 import time
@@ -22,9 +21,9 @@ import torch
 from d1 import completion_mask, diffu_grpo_loss, draw_indices, generator, group_advantages, one_step_logps
 from data import TASKS
 from data.tokenizer import Tokenizer
-from model import Config, LLaDA, adapters_off, add_lora, find_checkpoint, load_weights, save_weights
-from parallel import (Run, Signals, fill_defaults, one_line_errors, optimizer_tensors, pick_dtype, processes,
-                      progress, refuse_not_finite)
+from model import Config, LLaDA, adapters_off, add_lora, find_checkpoint, init_lora, load_weights, save_weights
+from parallel import (Run, Signals, add_parallel_options, clip_gradients, fill, fill_defaults, gathered,
+                      one_line_errors, parallelise, pick_dtype, processes, progress, refuse_not_finite)
 from sample import SAMPLING, add_sampling_options, check_schedule, complete, evaluate, pad_left
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -57,7 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--grad_clip", type=float, default=0.2, help="d1: 0.2")
     add_sampling_options(p)
     p.add_argument("--temperature", type=float, default=0.9, help="of the rollouts; d1 code: 0.9")
-    p.add_argument("--microbatch", type=int, help="prompts per forward and backward pass")
+    p.add_argument("--microbatch", type=int, help="prompts per forward and backward pass of a process; gradients add up")
     p.add_argument("--lora_r", type=int, help="d1: 128; 0 trains all weights")
     p.add_argument("--lora_alpha", type=float, default=64, help="d1: 64")
     p.add_argument("--lora_targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "up_proj"],
@@ -66,9 +65,7 @@ def parse_args(argv=None):
     p.add_argument("--eval_count", type=int, help="held-out problems per evaluation; 0: none")
     p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints, 0: only the last")
     p.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, if any")
-    p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
-    p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    add_parallel_options(p)
     return p.parse_args(argv)
 
 
@@ -161,12 +158,11 @@ def update_policy(step, update, model, optimizer, rollout, slices, args, procs, 
             log_probs(model, rollout, update, part, mask_id), rollout.old[update][part],
             None if ref is None else ref[part], rollout.advantages[part], rollout.mask[part], args.epsilon, args.beta,
             rollout.token_count)
-        loss.backward()
+        (loss * procs.world).backward()  # FSDP takes the mean over the processes
         rows.append({"loss": loss.item(), **{name: float(value) for name, value in stats.items()}})
-    procs.sum_gradients(trainable)
     per_rank = procs.gather([add_up(rows)])
     row = add_up(per_rank)
-    row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip))
+    row["grad_norm"] = clip_gradients(trainable, args.grad_clip)
     refuse_not_finite(f"step {step + 1}, update {update + 1}", row["grad_norm"], per_rank)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -179,11 +175,23 @@ def mean_of(rows, procs):
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def reference_policy(model, args):
-    """A context giving the initial policy: adapters off, or a frozen copy when all weights are trained."""
+def build_policy(args, folder, procs, dtype):
+    """The model, spread over the processes, with adapters if it is to have some; `dtype` is what it computes in."""
+    def shape(model):
+        if args.lora_r:
+            add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets)
+        parallelise(model, args, procs, dtype)
+    kept = dtype if args.lora_r else torch.float32  # updates would vanish in bfloat16
+    model = LLaDA.from_pretrained(folder, procs.device, kept, shape, fill)
+    return init_lora(model, generator(args.seed, "lora"), fill).eval()  # no dropout: the first ratio is 1
+
+
+def reference_policy(model, args, folder, procs, dtype):
+    """A context giving the initial policy: adapters off, or a frozen model of its own when all weights are trained."""
     if args.lora_r:
         return lambda: adapters_off(model)
-    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen = LLaDA.from_pretrained(folder, procs.device, dtype, lambda model: parallelise(
+        model.requires_grad_(False), args, procs, dtype), fill)
     return lambda: contextlib.nullcontext(frozen)
 
 
@@ -192,8 +200,9 @@ def held_out_metrics(model, tokenizer, task, examples, args, procs, signals, wor
     found = {}
     for name, temperature in (("sampled", args.temperature), ("greedy", 0.0)) if examples else ():
         sampling = {option: getattr(args, option) for option in SAMPLING}
-        metrics, _ = evaluate(model, tokenizer, task, examples, procs, args.seed, f"{words}, {name}",
-                              temperature=temperature, droppable=signals.droppable, **sampling)
+        with gathered(model, args.keep_sharded):
+            metrics, _ = evaluate(model, tokenizer, task, examples, procs, args.seed, f"{words}, {name}",
+                                  temperature=temperature, droppable=signals.droppable, **sampling)
         found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
     if found:
         procs.print(f"{words}: accuracy {found['sampled_accuracy']:.1%} at temperature {args.temperature}, "
@@ -224,7 +233,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
     batch = [examples[drawn[i]] for i in mine]
     repeated = [example for example in batch for _ in range(G)]
     sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature")}
-    with signals.droppable() as check:
+    with gathered(model, args.keep_sharded), signals.droppable() as check:
         done = complete(model, tokenizer, [e["ids"] for e in repeated], on_step=check,
                         keys=[(args.seed, "rollout", step, i, g) for i in mine for g in range(G)], **sampling)
     completions = done.ids.view(len(batch), G, -1)  # (N, G, L)
@@ -241,7 +250,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
 
     # old and reference log-probs under each of the masks
     slices = [slice(i, i + args.microbatch) for i in range(0, len(batch), args.microbatch)]
-    with torch.no_grad():
+    with torch.no_grad(), gathered(model, args.keep_sharded):
         rollout.old = [torch.cat([log_probs(model, rollout, m, s, mask_id) for s in slices]) for m in range(mu)]
         rollout.ref = [None] * mu
         if reference:
@@ -269,7 +278,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
 
 
 def main(args):
-    with processes(args.device, args.timeout) as procs, Signals(procs) as signals:
+    with processes(args.device, args.timeout) as procs, Signals(procs, args.keep_sharded) as signals:
         with one_line_errors():
             folder = find_checkpoint(args.model)
             config = Config.from_folder(folder)
@@ -277,29 +286,22 @@ def main(args):
             check_options(args, config)
             dtype, task = pick_dtype(args.dtype, procs.device), TASKS[args.task]
             procs.share(args.prompts_per_step, "--prompts_per_step")
+            procs.check_replicas(args.replicas)
+            options = {**vars(args), "device": procs.device, "dtype": dtype}
+            run = Run(args.out or f"runs/train_grpo-{args.task}", options, procs, args.resume, FIXED)
             tokenizer = Tokenizer.from_folder(folder, config)
             examples = read_prompts(args, config, tokenizer, procs)
             held_out = task.load("test", count=args.eval_count) if args.eval_count else []
-            model = LLaDA.from_pretrained(folder, procs.device, dtype).eval()  # no dropout: the first ratio is 1
-            if args.lora_r:
-                add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets, generator(args.seed, "lora"))
-            options = {**vars(args), "device": procs.device, "dtype": dtype}
-            run = Run(args.out or f"runs/train_grpo-{args.task}", options, procs, args.resume, FIXED)
+            model = build_policy(args, folder, procs, dtype)
             trainable = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
-            reference = reference_policy(model, args) if args.beta else None
-            state = run.restore(model, optimizer, load_weights)
+            reference = reference_policy(model, args, folder, procs, dtype) if args.beta else None
+            state = run.restore(model, optimizer, load_weights, functools.partial(save_weights, base=args.model),
+                                tokenizer.save)
         procs.print(f"diffu-GRPO on {args.task}: {sum(p.numel() for p in trainable):,} trainable parameters, "
                     f"{len(examples)} prompts, {procs.world} x {procs.device} {dtype}\n{chosen}")
         evaluation = functools.partial(held_out_metrics, model, tokenizer, task, held_out, args, procs, signals)
-        start = time.monotonic() - state["seconds"]
-
-        def save():
-            state["seconds"] = time.monotonic() - start
-            return run.save(state, optimizer_tensors(model, optimizer), tokenizer.save,
-                     lambda into: save_weights(model, into, args.model))
-
-        with run.resumable(save):
+        with run.resumable():
             state["before"] = state["before"] or evaluation("before")
             for step, show in progress(range(state["step"] - bool(state["unlogged"]), args.steps), procs, args.task):
                 if not state["unlogged"]:
@@ -317,10 +319,9 @@ def main(args):
                 show(reward=f"{row['reward']:.3f}", accuracy=f"{row['accuracy']:.1%}", kl=f"{row.get('kl', 0):.3f}",
                      tokens_s=f"{row['tokens_per_second']:.0f}")
                 if last or args.save_every and (step + 1) % args.save_every == 0:
-                    save()
+                    run.save()
 
-        summary = summarise(args, procs.device, state["before"], state["after"] or state["before"],
-                            minutes=(time.monotonic() - start) / 60)
+        summary = summarise(args, procs.device, state["before"], state["after"] or state["before"], run.seconds / 60)
         run.finish(summary)
         if held_out:
             procs.print("held-out accuracy {accuracy_before:.1%} -> {accuracy_after:.1%} at the rollout temperature, "

@@ -7,17 +7,18 @@ The prompt is never masked. The completion ends in EOS padding, which is trained
 to stop. Rows come from tasks' demonstrations (--task countdown sudoku) or a file of prompt and completion (--data).
 """
 import argparse
+import functools
 import time
 
 import torch
 
-from d1 import draw_indices, forward_process, generator, sft_loss
+from d1 import draw_indices, forward_process, generator, sft_loss_of
 from data import TASKS
 from data.format import read_rows
 from data.tokenizer import Tokenizer
-from model import LLaDA, Config, add_lora, find_checkpoint, load_weights, save_weights
-from parallel import (Run, Signals, fill_defaults, one_line_errors, optimizer_tensors, pick_dtype, processes,
-                      progress, refuse_not_finite)
+from model import Config, LLaDA, add_lora, find_checkpoint, init_lora, load_weights, read_weights, save_weights
+from parallel import (Run, Signals, add_parallel_options, clip_gradients, fill, fill_defaults, gathered,
+                      one_line_errors, parallelise, pick_dtype, processes, progress, refuse_not_finite)
 
 MIN_T = 1e-3  # t = (1 - 1e-3) u + 1e-3, LLaDA's floor, bounds the weight 1 / t
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -43,7 +44,7 @@ def parse_args(argv=None):
     p.add_argument("--count", type=int, default=100_000, help="demonstrations to generate over all tasks")
     p.add_argument("--steps", type=int, help="updates; d1: 20 epochs of s1K = 2460")
     p.add_argument("--batch_size", type=int, help="rows per update over all processes; d1 code: 8")
-    p.add_argument("--microbatch", type=int, help="rows per forward pass and process")
+    p.add_argument("--microbatch", type=int, help="rows per forward and backward pass of a process; gradients add up")
     p.add_argument("--lr", type=float, help="d1: 1e-5, linear decay to 0")
     p.add_argument("--warmup", type=int, help="updates of linear warm-up; d1 code: 0")
     p.add_argument("--weight_decay", type=float, default=0.1, help="d1: 0.1")
@@ -57,9 +58,7 @@ def parse_args(argv=None):
     p.add_argument("--eval_every", type=int, help="updates between held-out losses")
     p.add_argument("--save_every", type=int, default=0, help="updates between checkpoints, 0: only the last")
     p.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, if any")
-    p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
-    p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    add_parallel_options(p)
     return p.parse_args(argv)
 
 
@@ -131,23 +130,25 @@ def batch_loss(model, batch, per_sequence):
     """The SFT loss of one forward pass over (ids, noised, masked, t, answer)."""
     device = next(model.parameters()).device
     ids, noised, masked, t, answer = (x.to(device) for x in batch)
-    logits = model(noised, keep=masked)  # (M, V): the masked positions only
-    return sft_loss(logits, ids, masked, t, answer, per_sequence)
+    logps = model(noised, keep=masked, targets=ids[masked])  # (M,): of the masked positions only
+    return sft_loss_of(logps, masked, t, answer, per_sequence)
 
 
 @torch.no_grad()
 def held_out_loss(model, rows, tokenizer, args, procs, signals, draws=4):
     """LLaDA's loss over held-out rows at fixed masks, t stratified: each row sees `draws` values over (0, 1)."""
     total, length = 0.0, max(len(row) for row, _ in rows)
-    jobs = [(i, d) for d in range(draws) for i in range(len(rows))]
-    with signals.droppable() as check:
-        for part in batches(jobs[procs.rank::procs.world], args.microbatch):
+    parts = batches([(i, d) for d in range(draws) for i in range(len(rows))], args.microbatch)
+    with gathered(model, args.keep_sharded), signals.droppable() as check:
+        for number, counts in procs.deal(len(parts)):
             check()
+            part = parts[number]
             ids, answer = collate([rows[i] for i, _ in part], length, tokenizer.eos_id)
             u = torch.tensor([((i + 0.5) / len(rows) + d) / draws for i, d in part])
             noised, masked, t = noise(ids, answer, [("held out", i, d) for i, d in part], tokenizer.mask_id, u)
-            total += batch_loss(model, (ids, noised, masked, t, answer), per_sequence=True).item() * len(part)
-    return procs.sum({"loss": total})["loss"] / len(jobs)
+            loss = batch_loss(model, (ids, noised, masked, t, answer), per_sequence=True).item()
+            total += loss * len(part) * counts
+    return procs.sum({"loss": total})["loss"] / (draws * len(rows))
 
 
 def draw_batch(rows, step, args, tokenizer, mine):
@@ -174,10 +175,9 @@ def train_step(step, model, optimizer, rows, tokenizer, args, procs):
     optimizer.param_groups[0]["lr"] = learning_rate(step, args)
     for batch, share in draw_batch(rows, step, args, tokenizer, procs.share(args.batch_size, "--batch_size")):
         part = batch_loss(model, batch, args.loss == "llada") * share
-        part.backward()
+        (part * procs.world).backward()  # FSDP takes the mean over the processes
         loss, tokens = loss + part.item(), tokens + batch[0].numel()
-    procs.sum_gradients(trainable)
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip))
+    grad_norm = clip_gradients(trainable, args.grad_clip)
     per_rank = procs.gather([{"loss": loss}])  # each process's share
     refuse_not_finite(f"step {step + 1}", grad_norm, per_rank)
     optimizer.step()
@@ -187,41 +187,46 @@ def train_step(step, model, optimizer, rows, tokenizer, args, procs):
             "tokens_per_second": procs.world * tokens / (time.monotonic() - began)}
 
 
+def build_model(args, folder, procs, dtype):
+    """The model, spread over the processes, with adapters if it is to have some; `dtype` is what it computes in."""
+    def shape(model):
+        if args.lora_r:
+            add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets)
+        parallelise(model, args, procs, dtype)
+    kept = dtype if args.lora_r else torch.float32  # updates would vanish in bfloat16
+    model = LLaDA.empty(Config.from_folder(folder), procs.device, kept, shape)
+    if args.from_scratch:
+        model.init_weights(generator(args.seed, "weights"), fill)
+    else:
+        read_weights(model, folder, fill)
+    return init_lora(model, generator(args.seed, "lora"), fill)
+
+
 def main(args):
-    with processes(args.device, args.timeout) as procs, Signals(procs) as signals:
+    with processes(args.device, args.timeout) as procs, Signals(procs, args.keep_sharded) as signals:
         with one_line_errors():
             folder = find_checkpoint(args.model)
             config = Config.from_folder(folder)
             chosen = fill_defaults(args, DEFAULTS, config)
             device, dtype = procs.device, pick_dtype(args.dtype, procs.device)
             procs.share(args.batch_size, "--batch_size")
-            tokenizer = Tokenizer.from_folder(folder, config)
-            rows = encode_rows(read_examples(args), tokenizer, args, procs)
-            if args.from_scratch:
-                model = LLaDA(config).init_weights(generator(args.seed, "weights")).to(device, dtype)
-            else:
-                model = LLaDA.from_pretrained(folder, device, dtype)
-            if args.lora_r:
-                add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets, generator(args.seed, "lora"))
+            procs.check_replicas(args.replicas)
             name = "-".join(args.task or ["data"])
             options = {**vars(args), "device": device, "dtype": dtype}
             run = Run(args.out or f"runs/train_sft-{name}", options, procs, args.resume, FIXED)
+            tokenizer = Tokenizer.from_folder(folder, config)
+            rows = encode_rows(read_examples(args), tokenizer, args, procs)
+            model = build_model(args, folder, procs, dtype)
             trainable = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-            state = run.restore(model, optimizer, load_weights)
+            state = run.restore(model, optimizer, load_weights, functools.partial(save_weights, base=args.model),
+                                tokenizer.save)
         order = torch.randperm(len(rows), generator=generator(args.seed, "held out")).tolist()
         held = [rows[i] for i in order[:min(256, max(1, len(rows) // 100))]]  # 1%, as the authors hold out
         rows = [rows[i] for i in order[len(held):]]
         procs.print(f"masked SFT: {sum(p.numel() for p in trainable):,} trainable parameters, {len(rows)} rows, "
                     f"{len(held)} held out, {procs.world} x {device} {dtype}\n{chosen}")
-        start = time.monotonic() - state["seconds"]
-
-        def save():
-            state["seconds"] = time.monotonic() - start
-            return run.save(state, optimizer_tensors(model, optimizer), tokenizer.save,
-                     lambda into: save_weights(model, into, args.model))
-
-        with run.resumable(save):
+        with run.resumable():
             if state["before"] is None:
                 state["before"] = state["after"] = held_out_loss(model, held, tokenizer, args, procs, signals)
             for step, show in progress(range(state["step"] - bool(state["unlogged"]), args.steps), procs, "sft"):
@@ -239,11 +244,11 @@ def main(args):
                 show(loss=f"{row['loss']:.3f}", held_out=f"{state['after']:.3f}",
                      tokens_s=f"{row['tokens_per_second']:.0f}")
                 if last or args.save_every and (step + 1) % args.save_every == 0:
-                    save()
+                    run.save()
 
         before, after = state["before"], state["after"]
         summary = {"task": name, "seed": args.seed, "held_out_loss_before": before, "held_out_loss_after": after,
-                   "steps": args.steps, "minutes": (time.monotonic() - start) / 60, "device": str(device)}
+                   "steps": args.steps, "minutes": run.seconds / 60, "device": str(device)}
         run.finish(summary)
         procs.print(f"held-out loss {before:.3f} -> {after:.3f}; the model is in {run.out}/step_{args.steps:06d}")
         return summary

@@ -7,7 +7,7 @@ import torch
 from conftest import golden, reference, tensors, worst
 
 from d1 import (completion_mask, diffu_grpo_loss, forward_process, generator, group_advantages, kl_k3, one_step_logps,
-                sft_loss)
+                sft_loss, sft_loss_of)
 from model import LLaDA
 
 MASK_ID, EOS_ID = 500, 481
@@ -18,12 +18,19 @@ BOTH = [(torch.float32, ""), (torch.float64, "_f64")]
 
 def guided(net, scale):
     """The network under classifier-free guidance: the unconditional half sees every prompt token masked."""
-    def model(ids, attn_mask=None, keep=None):
+    def logits(ids, attn_mask, keep):
         blind = ids.clone()
         blind[:, :keep.start] = MASK_ID
         cond, un = net(ids, attn_mask, keep), net(blind, attn_mask, keep)
         return un + (scale + 1) * (cond - un)
-    return model if scale else net
+    return scorer(logits) if scale else net
+
+
+def scorer(logits):
+    """A network of which only the logits are known."""
+    def model(ids, attn_mask=None, keep=None, targets=None):
+        return logits(ids, attn_mask, keep).log_softmax(-1).gather(-1, targets)
+    return model
 
 
 def check_gradients(net, data, prefix, tolerance):
@@ -132,8 +139,11 @@ def test_sft(variant, dtype, suffix):
     masked, t = noisy != ids, data["t"].to(dtype)
     answer = torch.arange(40) >= data["prompt_lengths"][:, None] if variant != "pretrain" else torch.ones_like(masked)
     assert (noisy[masked] == MASK_ID).all() and torch.equal(masked, data["mask_all"] & answer)
-    loss = sft_loss(net(noisy, keep=masked), ids, masked, t, answer, per_sequence=variant == "official")
-    assert worst(loss.detach().view(1), data[f"{variant}.loss{suffix}"]) < (1e-10 if suffix else 1e-5)
+    official = variant == "official"
+    loss = sft_loss_of(net(noisy, keep=masked, targets=ids[masked]), masked, t, answer, per_sequence=official)
+    from_logits = sft_loss(net(noisy, keep=masked), ids, masked, t, answer, per_sequence=official)
+    for found in (loss, from_logits):
+        assert worst(found.detach().view(1), data[f"{variant}.loss{suffix}"]) < (1e-10 if suffix else 1e-5)
     loss.backward()
     assert check_gradients(net, data, f"{variant}.grad{suffix}.", 1e-10 if suffix else 1e-4) >= 4
 
@@ -267,13 +277,15 @@ def test_left_padded_prompts_equal_the_prompt_alone():
     assert worst(got, one_step_logps(net, prompt, masked, completions, MASK_ID)) > 0.1
 
 
+@torch.no_grad()
 def test_half_precision_logits_are_scored_in_float32():
-    prompt, masked, completions = batch()
-    logits = torch.randn(N * K, L, 512, generator=generator(5)).bfloat16()
-    got = one_step_logps(lambda ids, attn_mask, keep: logits, prompt, masked, completions, MASK_ID)
+    net, (prompt, masked, completions) = reference("llada_mha", torch.bfloat16), batch()
+    got = one_step_logps(net, prompt, masked, completions, MASK_ID)
     assert got.dtype == torch.float32
-    want = logits.view(N, K, 1, L, 512).float().log_softmax(-1).expand(N, K, G, L, 512)
-    assert worst(got, want.gather(-1, completions[:, None, ..., None].expand(N, K, G, L, 1))[..., 0]) < 1e-6
+    rows = torch.cat([prompt[:, None].masked_fill(masked, MASK_ID), torch.full((N, K, L), MASK_ID)], -1)  # (N, K, T)
+    want = net(rows.view(N * K, P + L), keep=slice(P, P + L)).view(N, K, 1, L, 512).float().log_softmax(-1)
+    index = completions[:, None, ..., None].expand(N, K, G, L, 1)
+    assert worst(got, want.expand(N, K, G, L, 512).gather(-1, index)[..., 0]) < 1e-6
 
 
 def test_gradient_of_the_logits_at_ratio_one():
@@ -284,7 +296,7 @@ def test_gradient_of_the_logits_at_ratio_one():
     logits = torch.randn(N, L, 512, generator=generator(6), dtype=torch.float64, requires_grad=True)
     rewards = torch.rand(N, G, generator=generator(7), dtype=torch.float64)
     A, mask = group_advantages(rewards), completion_mask(completions, EOS_ID)
-    logps = one_step_logps(lambda ids, attn_mask, keep: logits, prompt, masked, completions, MASK_ID)
+    logps = one_step_logps(scorer(lambda *_: logits), prompt, masked, completions, MASK_ID)
     loss, stats = diffu_grpo_loss(logps, logps.detach(), None, A, mask, 0.2, 0.0, mask.sum())
     loss.backward()
     want = -(A[..., None, None] * torch.nn.functional.one_hot(completions, 512)).sum(1) / (N * G * L)  # (N, L, V)
