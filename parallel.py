@@ -3,6 +3,7 @@
 One process or many run the same script: under torchrun every process takes its share of the prompts, holds its share of
 the weights (`parallelise`) and numbers are gathered. Without torchrun all this is a no-op.
 """
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -148,6 +149,8 @@ def add_parallel_options(p):
                    help="never gather all weights at once, also not to sample: less memory, slower")
     p.add_argument("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass")
     p.add_argument("--compile", action="store_true", help="compile the blocks")
+    p.add_argument("--plan", type=int, nargs="?", const=0, metavar="GPUS", help="only tell memory per GPU, cost and time "
+                   "of a step on that many GPUs (default: those of torchrun), from --model's config.json, and stop")
     p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation, trained weights are kept in "
@@ -590,3 +593,129 @@ def progress(items, procs, describe):
             numbers = " ".join(f"{k}={v}" for k, v in shown.items())
             print(f"{describe} {n}/{total} {time.monotonic() - start:.0f}s {numbers}", flush=True)
     bar.close()
+
+
+# ---------------------------------------------------------------- memory and cost, told in advance (--plan)
+
+GIB = 2 ** 30
+SPARE = 5  # GiB of a GPU that CUDA, NCCL and the allocator's gaps take
+RATE = 400e12  # FLOP/s of a GPU, 40% of an H100's 989 in bfloat16, as training usually gets; a bare product reaches 800
+HELPS = ("microbatch", 1), ("rollout_batch", 1), ("checkpoint_activations", True), ("keep_sharded", True), ("lora_r", 128)
+PLANNED = {
+    "parameters": "trained ones in float32; shared among the GPUs of a replica, like gradients, optimizer, reference",
+    "gradients": "float32", "optimizer": "AdamW: two float32 moments", "reference": "a frozen copy; LoRA needs none",
+    "activations": "kept for the backward pass of a micro-batch", "block": "at work in the backward pass of one block",
+    "logits": "a chunk, its log-softmax and gradients, float32", "gathered": "FSDP: weights and gradients made whole",
+    "update": "peak of an update", "rollout": "peak without gradients, weights made whole", "peak": "the larger"}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """`times` passes over each of `total` rows, `rows` at a time on a GPU; `kept` of `length` positions meet the head."""
+    total: int
+    rows: int
+    length: int
+    kept: int
+    times: int = 1
+
+
+def planned_parameters(c, args):
+    """Numbers of weights: of a block, of the rest (embedding, last norm, head), of all adapters. c: model.Config."""
+    C, KV, M = c.d_model, c.n_kv_heads * c.head_dim, c.mlp_hidden_size
+    ends = {"q_proj": 2 * C, "k_proj": C + KV, "v_proj": C + KV, "attn_out": 2 * C,
+            "ff_proj": C + M, "up_proj": C + M, "ff_out": C + M}  # in + out of each matrix
+    return (2 * C * C + 2 * C * KV + 3 * C * M + 2 * C, (2 - c.weight_tying) * c.embedding_size * C + C,
+            args.lora_r * c.n_layers * sum(ends[target] for target in args.lora_targets))
+
+
+def planned_memory(c, args, gpus, chunk, passes):
+    """{what: bytes} on each GPU in a step, by the names of PLANNED. passes: {"update": Passes, "rollout": Passes}.
+
+    chunk: logits that exist at a time where tokens are scored. Left out: what is small beside blocks, such as ids,
+    rotary tables and the adapters' products.
+    """
+    e, full = 4 if args.dtype == "float32" else 2, not args.lora_r
+    train, sample = passes["update"], passes.get("rollout")
+    C, KV, M, V = c.d_model, c.n_kv_heads * c.head_dim, c.mlp_hidden_size, c.embedding_size
+    block, rest, adapters = planned_parameters(c, args)
+    count, shards = c.n_layers * block + rest, gpus // args.replicas
+    trained = 4 * (count if full else adapters) / shards  # kept in float32
+    found = {"parameters": trained if full else trained + e * count / shards, "gradients": trained,
+             "optimizer": 2 * trained,  # AdamW's two moments
+             "reference": e * count / shards if full and getattr(args, "beta", 0) else 0}  # LoRA: the base itself
+    tokens = train.rows * train.length
+    layer = tokens * (8 * C  # for the backward pass of a block: what enters its norms, in float32
+                      + e * (2 * C if full else 0)  # what they give before the weight, to train it
+                      + e * 2 * C  # what the matrices read: q, k, v; ff_proj, up_proj
+                      + e * (2 * C + 2 * KV)  # q, k, v and what attention gives
+                      + e * (4 * M if full else 3 * M))  # gate, silu(gate), up; their product, to train ff_out
+    found["activations"] = c.n_layers * (tokens * e * C if args.checkpoint_activations else layer)
+    found["block"] = tokens * e * 3 * M + (layer if args.checkpoint_activations else 0)  # its backward pass at work
+    found["logits"] = 12 * min(chunk, train.rows * train.kept * V)  # log-softmax, its gradient, theirs, in float32
+    sharded = gpus > 1 or full and e < 4  # FSDP: two blocks and the rest whole, and gradients of those that are trained
+    found["gathered"] = sharded * (e * (2 * block + rest) + full * (e * (block + rest) + 4 * block))
+    held = found["parameters"] + found["optimizer"] + found["reference"]
+    # gradients grow as activations shrink: both are there at once only from the second micro-batch on
+    both = sum if train.total // gpus > train.rows else max
+    found["update"] = (held + both((found["gradients"], found["activations"]))
+                       + max(found["block"], found["logits"]) + found["gathered"])
+    sample = sample or Passes(0, train.rows, train.length, 0)  # the held-out loss
+    canvas = max(sample.rows * sample.length * e * (5 * C + 2 * KV + (3 if full else 4) * M),  # a block at its widest
+                 sample.rows * sample.kept * V * (e + 24))  # logits of a window; their float64 copy, noise, the sum
+    whole = e * (2 * block + rest if args.keep_sharded else count + adapters) if sharded else 0
+    found["rollout"] = held + whole + canvas
+    found["peak"] = max(found["update"], found["rollout"], held + 2 * found["gradients"])  # the last: AdamW at work
+    return found
+
+
+def planned_flops(c, args, passes, train=False):
+    """Floating-point operations of the passes over all GPUs, a multiplication and an addition being two.
+
+    A weight that a token meets costs 2 forward, 2 backward for the gradient of its input, 2 more if it is trained.
+    """
+    block, _, adapters = planned_parameters(c, args)
+    base, rows, full = c.n_layers * (block - 2 * c.d_model), passes.total * passes.times, not args.lora_r
+    forward = 1 + (train and args.checkpoint_activations)
+    weights = base * (forward + train + train * full) + adapters * (forward + 2 * train)
+    attention = 2 * passes.length * c.d_model * c.n_layers * (forward + 2 * train)  # q k and its product with v, per token
+    head = c.d_model * c.embedding_size * (1 + train * (2 + full))  # scored again, chunk by chunk, in the backward pass
+    return 2 * rows * (passes.length * (weights + attention) + passes.kept * head)
+
+
+def gpu_gib():
+    """Memory of the GPU here in GiB, else of an 80 GB one."""
+    return (torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79) - SPARE
+
+
+def print_plan(c, args, chunk, passes_of):
+    """What --plan prints: memory on each GPU, cost and time of a step, what helps where it does not fit.
+
+    passes_of(args, gpus) -> {phase: Passes}, of which "update" has a backward pass. Returns planned_memory's bytes.
+    """
+    gpus = args.plan or int(os.environ.get("WORLD_SIZE", 1))
+    Processes(0, gpus, torch.device("cpu")).check_replicas(args.replicas)
+    limit, passes = gpu_gib(), passes_of(args, gpus)
+
+    def memory(gpus=gpus, **changes):
+        other = argparse.Namespace(**{**vars(args), **changes})
+        return planned_memory(c, other, gpus, chunk, passes_of(other, gpus))
+    found, (block, rest, adapters) = memory(), planned_parameters(c, args)
+    print(f"{c.n_layers * block + rest:,} parameters, "
+          f"{f'LoRA r {args.lora_r}: {adapters:,} trained' if args.lora_r else 'all trained'}; GiB on each of {gpus} GPUs")
+    for name, words in PLANNED.items():
+        print(f"{name:>12} {found[name] / GIB:7.2f}  {words}")
+    fits = found["peak"] / GIB < limit
+    print(f"{'fits' if fits else 'DOES NOT FIT'} in {limit:.0f} GiB, with {SPARE} left to CUDA, NCCL and gaps")
+    for name, value in () if fits else HELPS:
+        if getattr(args, name, value) != value:
+            peak = memory(**{name: value})["peak"] / GIB
+            print(f"  --{name}{'' if value is True else f' {value}'}: {peak:.1f}{', fits' if peak < limit else ''}")
+    total = 0
+    for name, one in passes.items():
+        cost = planned_flops(c, args, one, name == "update")
+        total += cost
+        print(f"{name:>12} {cost / 1e15:9.2f} PFLOP {cost / gpus / RATE:8.1f} s  {one.times} x {one.total} rows of "
+              f"{one.length} tokens, {one.rows} at a time on a GPU")
+    print(f"{'a step':>12} {total / 1e15:9.2f} PFLOP {total / gpus / RATE:8.1f} s  at {RATE / 1e12:.0f} TFLOP/s per GPU, "
+          "communication hidden: an estimate")
+    return found
