@@ -297,7 +297,8 @@ class LLaDA(nn.Module):
                 shards.append([])
             shards[-1].append(name)
         if len(shards) == 1:
-            save_file({n: whole(t) for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+            full = {n: whole(t) for n, t in tensors.items()}
+            save_file(full, folder / "model.safetensors", metadata={"format": "pt"})
             (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # an older one would win when loading
             return
         weight_map = {}

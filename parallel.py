@@ -1,4 +1,4 @@
-"""What a run needs besides the algorithm: processes, FSDP2, the run's folder, checkpoints, a log for no terminal.
+"""What a run needs besides the algorithm: processes, FSDP2, its folder and checkpoints, a log readable anywhere.
 
 One process or many run the same script: under torchrun every process takes its share of the prompts, holds its share of
 the weights (`parallelise`) and numbers are gathered. Without torchrun all this is a no-op.
@@ -83,17 +83,13 @@ class Processes:
             raise ValueError(f"--replicas {replicas} does not divide {self.world} processes: use one of {valid}")
 
     def deal(self, count):
-        """(index, counts) of this process's items of `count`: as many on every process, so some do one that is done."""
+        """This process's items of `count`, as (index, counts). All get as many: what fills up does not count."""
         return [(i % count, i < count) for i in range(self.rank, -(-count // self.world) * self.world, self.world)]
 
     def whole(self, tensor):
         """The full values of a tensor on the CPU of the main process, nothing on the others. All must call."""
         full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
         return full.cpu() if self.is_main else torch.empty(0)
-
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
 
     def print(self, *words):
         if self.is_main:
@@ -114,7 +110,8 @@ def processes(device=None, timeout=600):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # where collectives and FSDP put their buffers
     try:
         if world > 1:
             join(device, timeout)
@@ -144,13 +141,13 @@ def join(device, timeout, **alone):
 # ---------------------------------------------------------------- FSDP2
 
 def add_parallel_options(p):
-    p.add_argument("--replicas", type=int, default=1, help="copies of the model, each sharded over processes / replicas")
+    p.add_argument("--replicas", type=int, default=1, help="copies of the model, each over processes / replicas")
     p.add_argument("--keep_sharded", action="store_true",
                    help="never gather all weights at once, also not to sample: less memory, slower")
     p.add_argument("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass")
     p.add_argument("--compile", action="store_true", help="compile the blocks")
-    p.add_argument("--plan", type=int, nargs="?", const=0, metavar="GPUS", help="only tell memory per GPU, cost and time "
-                   "of a step on that many GPUs (default: those of torchrun), from --model's config.json, and stop")
+    p.add_argument("--plan", type=int, nargs="?", const=0, metavar="GPUS", help="only tell memory, cost and time of a "
+                   "step on so many GPUs (default: torchrun's), from config.json alone")
     p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation, trained weights are kept in "
@@ -182,7 +179,7 @@ def parallelise(model, args, procs, dtype):
 
 
 def device_mesh(procs, replicas):
-    """(processes,), or (replicas, processes / replicas); groups with our timeout, which DeviceMesh would not pass on."""
+    """(processes,), or (replicas, processes / replicas). Its own groups would not have our timeout."""
     if replicas == 1:
         return DeviceMesh.from_group(dist.group.WORLD, procs.device.type)
     ranks, timeout = torch.arange(procs.world).view(replicas, -1), timedelta(seconds=procs.timeout)
@@ -204,10 +201,10 @@ def fill(p, read):
 
 @contextlib.contextmanager
 def gathered(model, keep_sharded=False):
-    """Inside, every process has all weights: it runs as many forward passes as it likes, none of which waits for others.
+    """Inside, every process has all weights and runs as many forward passes as it likes: none waits for another one.
 
-    For sampling and scoring without gradient. keep_sharded: gather block by block in every pass instead, in less
-    memory; then all processes must run equally many. Before an update or a save the weights are spread again.
+    For sampling and scoring without gradient; at the end the weights are spread again, as updates and saves need them.
+    keep_sharded: gather block by block in every pass instead, in less memory; then all must run equally many.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules if not keep_sharded else ():
@@ -249,7 +246,7 @@ def one_line_errors():
 
 
 def pick_dtype(name, device):
-    """The dtype of the weights: as named, else bfloat16 on a GPU that has it and float32 elsewhere."""
+    """The dtype of the computation: as named, else bfloat16 on a GPU that has it and float32 elsewhere."""
     gpu = torch.device(device).type == "cuda"
     able = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bfloat16" and not able:
@@ -301,7 +298,10 @@ class Run:
         if taken and not resume:
             raise ValueError(f"--out {out} holds a run already: go on with --resume, or name another folder")
         if taken:
-            self.compare(json.loads(old.read_text())["options"], self.options, fixed)
+            before = json.loads(old.read_text())
+            self.compare(before["options"], self.options, fixed)
+            if before["processes"] != procs.world:
+                procs.print(f"resumed on {procs.world} processes, not {before['processes']}: the same up to rounding")
 
     def open(self):
         """Begin to write; self.checkpoint is the newest whole checkpoint to go on from, or None at a start.
@@ -396,7 +396,8 @@ class Run:
                     write(half if self.procs.is_main else Path(nowhere), whole=self.procs.whole)
             if self.procs.is_main:
                 self.complete(half, folder, keep)
-        self.procs.wait()  # nobody goes on, or leaves, before it is on the disk
+        if self.procs.world > 1:
+            dist.barrier()  # nobody goes on, or leaves, before it is on the disk
         return folder
 
     def complete(self, half, folder, keep):
@@ -599,19 +600,19 @@ def progress(items, procs, describe):
 
 GIB = 2 ** 30
 SPARE = 5  # GiB of a GPU that CUDA, NCCL and the allocator's gaps take
-RATE = 400e12  # FLOP/s of a GPU, 40% of an H100's 989 in bfloat16, as training usually gets; a bare product reaches 800
-HELPS = ("microbatch", 1), ("rollout_batch", 1), ("checkpoint_activations", True), ("keep_sharded", True), ("lora_r", 128)
+RATE = 400e12  # FLOP/s of a GPU: 40% of an H100's 989 in bfloat16, usual in training; a bare matrix product gets 800
+HELPS = {"microbatch": 1, "rollout_batch": 1, "checkpoint_activations": True, "keep_sharded": True, "lora_r": 128}
 PLANNED = {
-    "parameters": "trained ones in float32; shared among the GPUs of a replica, like gradients, optimizer, reference",
-    "gradients": "float32", "optimizer": "AdamW: two float32 moments", "reference": "a frozen copy; LoRA needs none",
+    "parameters": "the trained ones in float32; a replica's GPUs share them, and the next three",
+    "gradients": "float32", "optimizer": "AdamW: two moments in float32", "reference": "a frozen copy; LoRA needs none",
     "activations": "kept for the backward pass of a micro-batch", "block": "at work in the backward pass of one block",
-    "logits": "a chunk, its log-softmax and gradients, float32", "gathered": "FSDP: weights and gradients made whole",
-    "update": "peak of an update", "rollout": "peak without gradients, weights made whole", "peak": "the larger"}
+    "logits": "a chunk, its log-softmax, their gradients: float32", "gathered": "weights and gradients FSDP makes whole",
+    "update": "peak of an update", "rollout": "peak without gradients", "peak": "the largest; the optimizer's step too"}
 
 
 @dataclass(frozen=True)
 class Passes:
-    """`times` passes over each of `total` rows, `rows` at a time on a GPU; `kept` of `length` positions meet the head."""
+    """`times` passes over each of `total` rows, `rows` at a time on a GPU; the head sees `kept` of `length` positions."""
     total: int
     rows: int
     length: int
@@ -634,15 +635,13 @@ def planned_memory(c, args, gpus, chunk, passes):
     chunk: logits that exist at a time where tokens are scored. Left out: what is small beside blocks, such as ids,
     rotary tables and the adapters' products.
     """
-    e, full = 4 if args.dtype == "float32" else 2, not args.lora_r
-    train, sample = passes["update"], passes.get("rollout")
+    e, full, train = 4 if args.dtype == "float32" else 2, not args.lora_r, passes["update"]
     C, KV, M, V = c.d_model, c.n_kv_heads * c.head_dim, c.mlp_hidden_size, c.embedding_size
     block, rest, adapters = planned_parameters(c, args)
-    count, shards = c.n_layers * block + rest, gpus // args.replicas
+    count, shards, copied = c.n_layers * block + rest, gpus // args.replicas, full and bool(getattr(args, "beta", 0))
     trained = 4 * (count if full else adapters) / shards  # kept in float32
     found = {"parameters": trained if full else trained + e * count / shards, "gradients": trained,
-             "optimizer": 2 * trained,  # AdamW's two moments
-             "reference": e * count / shards if full and getattr(args, "beta", 0) else 0}  # LoRA: the base itself
+             "optimizer": 2 * trained, "reference": copied * e * count / shards}
     tokens = train.rows * train.length
     layer = tokens * (8 * C  # for the backward pass of a block: what enters its norms, in float32
                       + e * (2 * C if full else 0)  # what they give before the weight, to train it
@@ -650,20 +649,21 @@ def planned_memory(c, args, gpus, chunk, passes):
                       + e * (2 * C + 2 * KV)  # q, k, v and what attention gives
                       + e * (4 * M if full else 3 * M))  # gate, silu(gate), up; their product, to train ff_out
     found["activations"] = c.n_layers * (tokens * e * C if args.checkpoint_activations else layer)
-    found["block"] = tokens * e * 3 * M + (layer if args.checkpoint_activations else 0)  # its backward pass at work
-    found["logits"] = 12 * min(chunk, train.rows * train.kept * V)  # log-softmax, its gradient, theirs, in float32
-    sharded = gpus > 1 or full and e < 4  # FSDP: two blocks and the rest whole, and gradients of those that are trained
-    found["gathered"] = sharded * (e * (2 * block + rest) + full * (e * (block + rest) + 4 * block))
+    found["block"] = tokens * e * 3 * M + (layer if args.checkpoint_activations else 0)
+    found["logits"] = 12 * min(chunk, train.rows * train.kept * V)
+    sharded = gpus > 1 or full and e < 4
+    some = sharded * e * (2 * block + rest)  # FSDP has two blocks and the rest whole
+    found["gathered"] = some + sharded * full * (e * (block + rest) + 4 * block)  # and gradients, a block's in float32
     held = found["parameters"] + found["optimizer"] + found["reference"]
     # gradients grow as activations shrink: both are there at once only from the second micro-batch on
     both = sum if train.total // gpus > train.rows else max
     found["update"] = (held + both((found["gradients"], found["activations"]))
                        + max(found["block"], found["logits"]) + found["gathered"])
-    sample = sample or Passes(0, train.rows, train.length, 0)  # the held-out loss
+    sample = passes.get("rollout", Passes(0, train.rows, train.length, 0))  # or the held-out loss
     canvas = max(sample.rows * sample.length * e * (5 * C + 2 * KV + (3 if full else 4) * M),  # a block at its widest
                  sample.rows * sample.kept * V * (e + 24))  # logits of a window; their float64 copy, noise, the sum
-    whole = e * (2 * block + rest if args.keep_sharded else count + adapters) if sharded else 0
-    found["rollout"] = held + whole + canvas
+    whole = some if args.keep_sharded else sharded * e * (count + adapters)
+    found["rollout"] = held + whole + max(canvas, some * copied)
     found["peak"] = max(found["update"], found["rollout"], held + 2 * found["gradients"])  # the last: AdamW at work
     return found
 
@@ -674,48 +674,49 @@ def planned_flops(c, args, passes, train=False):
     A weight that a token meets costs 2 forward, 2 backward for the gradient of its input, 2 more if it is trained.
     """
     block, _, adapters = planned_parameters(c, args)
-    base, rows, full = c.n_layers * (block - 2 * c.d_model), passes.total * passes.times, not args.lora_r
+    base, full = c.n_layers * (block - 2 * c.d_model), not args.lora_r
     forward = 1 + (train and args.checkpoint_activations)
     weights = base * (forward + train + train * full) + adapters * (forward + 2 * train)
-    attention = 2 * passes.length * c.d_model * c.n_layers * (forward + 2 * train)  # q k and its product with v, per token
-    head = c.d_model * c.embedding_size * (1 + train * (2 + full))  # scored again, chunk by chunk, in the backward pass
-    return 2 * rows * (passes.length * (weights + attention) + passes.kept * head)
-
-
-def gpu_gib():
-    """Memory of the GPU here in GiB, else of an 80 GB one."""
-    return (torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79) - SPARE
+    attention = 2 * passes.length * c.d_model * c.n_layers * (forward + 2 * train)  # q k, and its product with v
+    head = c.d_model * c.embedding_size * (1 + train * (2 + full))  # scored once more in the backward pass
+    return 2 * passes.total * passes.times * (passes.length * (weights + attention) + passes.kept * head)
 
 
 def print_plan(c, args, chunk, passes_of):
-    """What --plan prints: memory on each GPU, cost and time of a step, what helps where it does not fit.
+    """What --plan prints: memory on each GPU, what helps where it does not fit, cost and time of a step.
 
     passes_of(args, gpus) -> {phase: Passes}, of which "update" has a backward pass. Returns planned_memory's bytes.
     """
     gpus = args.plan or int(os.environ.get("WORLD_SIZE", 1))
     Processes(0, gpus, torch.device("cpu")).check_replicas(args.replicas)
-    limit, passes = gpu_gib(), passes_of(args, gpus)
+    size = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79  # of 80 GB
 
     def memory(gpus=gpus, **changes):
         other = argparse.Namespace(**{**vars(args), **changes})
         return planned_memory(c, other, gpus, chunk, passes_of(other, gpus))
     found, (block, rest, adapters) = memory(), planned_parameters(c, args)
-    print(f"{c.n_layers * block + rest:,} parameters, "
-          f"{f'LoRA r {args.lora_r}: {adapters:,} trained' if args.lora_r else 'all trained'}; GiB on each of {gpus} GPUs")
+    trained = f"{adapters:,} of LoRA r {args.lora_r}" if args.lora_r else "all"
+    print(f"{c.n_layers * block + rest:,} parameters, trained: {trained}; GiB on each of {gpus} GPU{'s' * (gpus > 1)}:")
     for name, words in PLANNED.items():
-        print(f"{name:>12} {found[name] / GIB:7.2f}  {words}")
-    fits = found["peak"] / GIB < limit
-    print(f"{'fits' if fits else 'DOES NOT FIT'} in {limit:.0f} GiB, with {SPARE} left to CUDA, NCCL and gaps")
-    for name, value in () if fits else HELPS:
-        if getattr(args, name, value) != value:
-            peak = memory(**{name: value})["peak"] / GIB
-            print(f"  --{name}{'' if value is True else f' {value}'}: {peak:.1f}{', fits' if peak < limit else ''}")
-    total = 0
-    for name, one in passes.items():
-        cost = planned_flops(c, args, one, name == "update")
-        total += cost
-        print(f"{name:>12} {cost / 1e15:9.2f} PFLOP {cost / gpus / RATE:8.1f} s  {one.times} x {one.total} rows of "
-              f"{one.length} tokens, {one.rows} at a time on a GPU")
-    print(f"{'a step':>12} {total / 1e15:9.2f} PFLOP {total / gpus / RATE:8.1f} s  at {RATE / 1e12:.0f} TFLOP/s per GPU, "
-          "communication hidden: an estimate")
+        print(f"{name:>12} {found[name] / GIB:9.2f}  {words}")
+    fits = found["peak"] / GIB < size - SPARE
+    print(f"{'fits' if fits else 'DOES NOT FIT'} in {size:.0f} GiB with {SPARE} left to CUDA, NCCL and gaps")
+    if not fits:
+        tries = {f"--{name} {'' if value is True else value}": memory(**{name: value})
+                 for name, value in HELPS.items() if getattr(args, name, value) != value}
+        for more in (2 * gpus, 4 * gpus, 8 * gpus):
+            with contextlib.suppress(ValueError):  # the batch does not divide by them
+                tries[f"{more} GPUs"] = memory(more)
+        for words, other in tries.items():
+            if other["peak"] < found["peak"]:
+                print(f"  {words:<25} {other['peak'] / GIB:7.2f}"
+                      + ", fits" * (other["peak"] / GIB < size - SPARE))
+    passes = passes_of(args, gpus)
+    costs = {name: planned_flops(c, args, one, name == "update") for name, one in passes.items()}
+    for name, cost in {**costs, "step": sum(costs.values())}.items():
+        words = f"if a GPU does {RATE / 1e12:.0f} TFLOP/s and communication hides behind it: an estimate"
+        if name in passes:
+            one = passes[name]
+            words = f"{one.times} passes over {one.total} rows of {one.length} tokens, {one.rows} at a time on a GPU"
+        print(f"{name:>12} {cost / 1e15:9.2f} PFLOP {cost / gpus / RATE:7.1f} s  {words}")
     return found

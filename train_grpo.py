@@ -60,7 +60,7 @@ def parse_args(argv=None):
     p.add_argument("--grad_clip", type=float, default=0.2, help="d1: 0.2")
     add_sampling_options(p)
     p.add_argument("--temperature", type=float, default=0.9, help="of the rollouts; d1 code: 0.9")
-    p.add_argument("--microbatch", type=int, help="prompts per forward and backward pass of a process; gradients add up")
+    p.add_argument("--microbatch", type=int, help="prompts per forward and backward pass of a process; accumulated")
     p.add_argument("--lora_r", type=int, help="d1: 128; 0 trains all weights")
     p.add_argument("--lora_alpha", type=float, default=64, help="d1: 64")
     p.add_argument("--lora_targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "up_proj"],
@@ -284,7 +284,8 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
 def passes_of(args, gpus):
     """What a step does, for --plan, with prompts of PLANNED_PROMPT tokens."""
     mine = Processes(0, gpus, torch.device("cpu")).share(args.prompts_per_step, "--prompts_per_step")
-    length, N, K, mu = PLANNED_PROMPT + args.gen_length, args.prompts_per_step, args.masks_per_prompt, args.num_iterations
+    length, N, K = PLANNED_PROMPT + args.gen_length, args.prompts_per_step, args.masks_per_prompt
+    mu = args.num_iterations
     scored = Passes(N * K, min(args.microbatch, len(mine)) * K, length, args.gen_length, mu)
     return {"rollout": Passes(N * args.group_size, args.rollout_batch, length, args.block_length, args.diffusion_steps),
             "logps": replace(scored, times=mu * (2 if args.beta else 1)), "update": scored}

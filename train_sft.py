@@ -46,7 +46,7 @@ def parse_args(argv=None):
     p.add_argument("--count", type=int, default=100_000, help="demonstrations to generate over all tasks")
     p.add_argument("--steps", type=int, help="updates; d1: 20 epochs of s1K = 2460")
     p.add_argument("--batch_size", type=int, help="rows per update over all processes; d1 code: 8")
-    p.add_argument("--microbatch", type=int, help="rows per forward and backward pass of a process; gradients add up")
+    p.add_argument("--microbatch", type=int, help="rows per forward and backward pass of a process; accumulated")
     p.add_argument("--lr", type=float, help="d1: 1e-5, linear decay to 0")
     p.add_argument("--warmup", type=int, help="updates of linear warm-up; d1 code: 0")
     p.add_argument("--weight_decay", type=float, default=0.1, help="d1: 0.1")

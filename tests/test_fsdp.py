@@ -1,7 +1,7 @@
 """FSDP2 with gloo on CPU processes: every number as on one process.
 
-Under torchrun this file is a script that runs CASES on all processes and writes what came out of them; the tests run the
-same cases alone and compare.
+Under torchrun this file is a script that runs PARITY and RUNS on all processes and writes what came out of them; the
+tests do the same on one process and compare.
 """
 import contextlib
 import functools
@@ -131,13 +131,27 @@ def stopped_together(procs):
     """A signal to one process where forward passes wait for each other: all stop at the same check."""
     model, ids = build(train_sft, parse(train_sft, *SFT), procs), torch.arange(40).view(2, 20)
     signals, passes = Signals(procs, together=True), []
-    with contextlib.suppress(Stopped), torch.no_grad(), gathered(model, keep_sharded=True), signals.droppable() as check:
+    with contextlib.suppress(Stopped), gathered(model, keep_sharded=True), signals.droppable() as check:
         for i in range(4):
-            passes.append(model(ids, targets=ids))
+            passes.append(model(ids, targets=ids).detach())
             signals.wanted = i == 1 and procs.rank == procs.world - 1
             check()
     assert len(passes) == 2
     return {"passes": passes[1]}
+
+
+def not_finite_on_one_process(procs):
+    """All processes stop before the update and name the one it came from."""
+    loss, last = train_sft.batch_loss, procs.rank == procs.world - 1
+    train_sft.batch_loss = lambda *args: loss(*args) * (float("nan") if last else 1)
+    try:
+        sft_gradients(procs)
+    except SystemExit as stopped:
+        assert f"step 1: gradient norm nan, loss not finite on ranks [{procs.world - 1}]" in str(stopped)
+    else:
+        raise AssertionError("the update happened")
+    finally:
+        train_sft.batch_loss = loss
 
 
 def in_bfloat16(procs):
@@ -153,22 +167,21 @@ def in_bfloat16(procs):
     return found
 
 
-def each_reads_its_part(procs):
-    """Loading reads, and holds, on every process no more than its rows."""
+def each_reads_its_part(procs, replicas):
+    """Loading reads, and the process then holds, no more than its rows."""
     read, original = [], model_file.read_tensor
 
     def counted(*args):
         read.append(original(*args))
         return read[-1]
     model_file.read_tensor = counted
-    model = build(train_sft, parse(train_sft, *SFT), procs)
+    model = build(train_sft, parse(train_sft, *SFT, "--replicas", replicas), procs)
     model_file.read_tensor = original
     held = sum(p.to_local().numel() for p in model.parameters())
-    most = sum(-(-len(p) // procs.world) * p[0].numel() for p in model.parameters())
+    most = sum(-(-len(p) * replicas // procs.world) * p[0].numel() for p in model.parameters())
     assert sum(t.numel() for t in read) == held <= most
     total = procs.sum({"read": held})["read"]
-    assert total == sum(p.numel() for p in model.parameters())
-    return {}
+    assert total == sum(p.numel() for p in model.parameters()) * replicas
 
 
 def unequal_work(procs):
@@ -233,7 +246,8 @@ def worker(small, out, replicas, resume=""):
             tensors = case(procs, *more)
             if procs.is_main:
                 save_file({key: t.contiguous() for key, t in tensors.items()}, out / f"{name}.safetensors")
-        each_reads_its_part(procs)
+        each_reads_its_part(procs, replicas)
+        not_finite_on_one_process(procs)
         for module in (train_sft, train_grpo):  # one group of processes for all of them
             module.processes = lambda *_: contextlib.nullcontext(procs)
         for name in RUNS:
@@ -328,20 +342,23 @@ def many(request):
     return request.getfixturevalue(request.param)
 
 
+def relative(found, wanted):
+    """The largest difference between two dicts of tensors, relative to the gradient norm where that exceeds 1."""
+    assert found.keys() == wanted.keys()
+    return max(worst(found[name], t) for name, t in wanted.items()) / max(1.0, wanted.get("grad_norm", 1.0))
+
+
 @pytest.mark.parametrize("name", PARITY)
 def test_many_processes_give_the_numbers_of_one(alone, many, name):
     one, found = alone(name), load_file(many / f"{name}.safetensors")
-    assert found.keys() == one.keys()
-    for key in one:
-        scale = max(1.0, float(one[key].abs().max()))
-        assert worst(found[key], one[key].cpu()) < 1e-5 * scale, key
+    assert relative(found, one) < 1e-5
     assert name not in CASES or sum(bool(t.abs().max() > 1e-3) for t in found.values()) > 6
 
 
-def files(run):
-    """Every tensor of the last checkpoint of a run."""
-    last = sorted(run.glob("step_*"))[-1]
-    return {f"{path.stem}/{name}": t for path in last.glob("*.safetensors") for name, t in load_file(path).items()}
+def files(run, number=-1):
+    """Every tensor of a checkpoint of a run, the last."""
+    folder = sorted(run.glob("step_*"))[number]
+    return {f"{path.stem}/{name}": t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 def rows(run):
@@ -366,7 +383,7 @@ def assert_same_run(run, other):
 def test_many_processes_give_the_run_of_one(whole, two, four, name):
     for out in (two, four):
         assert_same_run(whole / name, out / name)
-    before, after = (files(path.parent) for path in (whole / name).glob("step_*"))
+    before, after = files(whole / name, -2), files(whole / name)
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
@@ -374,7 +391,8 @@ def test_many_processes_give_the_run_of_one(whole, two, four, name):
 def test_saved_on_two_processes_resumed_on_one_and_on_three(small, whole, two, three, name, tmp_path, capsys):
     resumed = cut(two, tmp_path / "resumed") / name
     run(name, small, resumed, "--resume")
-    assert f"resumed from {resumed}/step_000002" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"resumed from {resumed}/step_000002" in shown and "resumed on 1 processes, not 2" in shown
     assert_same_run(whole / name, resumed)
     assert_same_run(whole / name, three / "resumed" / name)
 
@@ -385,18 +403,20 @@ def test_two_launches_of_torchrun_are_two_nodes_of_one_job(two):
 
 # ---------------------------------------------------------------- one process
 
-@pytest.mark.parametrize("case, lora", [(sft_gradients, []), (sft_gradients, LORA), (grpo_gradients, []),
-                                        (grpo_gradients, LORA)])
-@pytest.mark.parametrize("more", [["--microbatch", 1], ["--microbatch", 12], ["--checkpoint_activations"],
-                                  ["--compile"], ["--compile", "--checkpoint_activations"]])
-def test_options_that_change_nothing(case, lora, more, monkeypatch):
-    """Accumulation, recomputed activations and compiled blocks."""
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("more", [["--microbatch", 1], ["--microbatch", 12], ["--checkpoint_activations"]])
+def test_accumulation_and_recomputation_change_nothing(alone, name, more):
+    with processes("cpu") as procs:
+        assert relative(CASES[name](procs, *more), alone(name)) < 1e-6
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpoint_activations"]])
+def test_compiled_blocks_change_nothing(alone, more, monkeypatch):
     compiled, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or compile(f, backend="aot_eager"))
     with processes("cpu") as procs:
-        one, two = case(procs, *lora), case(procs, *lora, *more)
-    assert one.keys() == two.keys() and all(worst(one[name], two[name]) < 1e-6 for name in one)
-    assert len(compiled) == 2 * ("--compile" in more)
+        assert relative(CASES["grpo, LoRA"](procs, "--compile", *more), alone("grpo, LoRA")) < 1e-6
+    assert len(compiled) == 2  # blocks
 
 
 @pytest.mark.parametrize("name", ["sft", "grpo"])
@@ -406,7 +426,7 @@ def test_small_updates_are_not_lost_in_bfloat16(small, tmp_path, name):
         *(["--warmup", 0] if name == "sft" else ["--num_iterations", 1, "--eval_count", 0]))
     before, after = load_file(small / "model.safetensors"), load_file(tmp_path / "run/step_000001/model.safetensors")
     moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
-    assert 0.5e-6 < moved.median() < 1.1e-6 > moved.max()
+    assert (moved > 0.5e-6).float().mean() > 0.2 and moved.max() < 1.1e-6
     assert name == "sft" or rows(tmp_path / "run")[0]["kl"] == 0  # the reference computes just the same
 
 

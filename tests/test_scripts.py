@@ -217,10 +217,12 @@ def test_bad_options_are_one_line_before_any_work(more, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_holds_a_run_is_refused(run):
+def test_a_folder_that_holds_a_run_is_refused_before_any_work(run, monkeypatch):
     before = (run[0] / "metrics.jsonl").read_text()
-    with pytest.raises(SystemExit, match="holds a run already"):
-        grpo(run[0])
+    for module, script in ((train_grpo, grpo), (train_sft, sft)):
+        monkeypatch.setattr(module, "Tokenizer", None)  # would fail if anything were encoded or loaded
+        with pytest.raises(SystemExit, match="holds a run already"):
+            script(run[0], *([] if script is grpo else ["--task", "countdown"]))
     assert (run[0] / "metrics.jsonl").read_text() == before
 
 
