@@ -603,16 +603,16 @@ SPARE = 5  # GiB of a GPU that CUDA, NCCL and the allocator's gaps take
 RATE = 400e12  # FLOP/s of a GPU: 40% of an H100's 989 in bfloat16, usual in training; a bare matrix product gets 800
 HELPS = {"microbatch": 1, "rollout_batch": 1, "checkpoint_activations": True, "keep_sharded": True, "lora_r": 128}
 PLANNED = {
-    "parameters": "the trained ones in float32; a replica's GPUs share them, and the next three",
+    "parameters": "trained ones in float32; a replica's GPUs share these, and the next three",
     "gradients": "float32", "optimizer": "AdamW: two moments in float32", "reference": "a frozen copy; LoRA needs none",
     "activations": "kept for the backward pass of a micro-batch", "block": "at work in the backward pass of one block",
-    "logits": "a chunk, its log-softmax, their gradients: float32", "gathered": "weights and gradients FSDP makes whole",
+    "logits": "a chunk, its log-softmax, their gradients: float32", "gathered": "what FSDP has whole of both at a time",
     "update": "peak of an update", "rollout": "peak without gradients", "peak": "the largest; the optimizer's step too"}
 
 
 @dataclass(frozen=True)
 class Passes:
-    """`times` passes over each of `total` rows, `rows` at a time on a GPU; the head sees `kept` of `length` positions."""
+    """`times` passes over `total` rows, `rows` at a time on a GPU; `kept` of their `length` positions see the head."""
     total: int
     rows: int
     length: int

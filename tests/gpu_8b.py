@@ -6,12 +6,14 @@
 Options, model and train_step are those of the training scripts; random are only the weights and the tokens.
 """
 import argparse
+import gc
 import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +26,8 @@ from d1 import generator  # noqa: E402
 from data import TASKS  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import HEAD_CHUNK, Config  # noqa: E402
-from parallel import GIB, RATE, Signals, fill_defaults, pick_dtype, planned_flops, planned_memory, processes  # noqa: E402
+from parallel import (GIB, RATE, Signals, fill_defaults, pick_dtype, planned_flops, planned_memory,  # noqa: E402
+                      processes)
 from sample import complete  # noqa: E402
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense
@@ -47,46 +50,44 @@ class Job:
 
     def __init__(self, script, procs, *words):
         self.args = args = script.parse_args(["--task", "countdown", *map(str, words)])
-        self.config, self.procs = Config.from_folder(args.model), procs
+        self.script, self.config, self.procs = script, Config.from_folder(args.model), procs
         fill_defaults(args, script.DEFAULTS, self.config)
         dtype = pick_dtype(args.dtype, procs.device)
-        args.dtype, self.passes = str(dtype).removeprefix("torch."), script.passes_of(args, 1)
+        args.dtype, self.passes = str(dtype).removeprefix("torch."), script.passes_of(args, procs.world)
         self.tokenizer = Tokenizer.from_folder(ROOT / "data" / "tiny")
         self.tokenizer.mask_id, self.tokenizer.eos_id = self.config.mask_token_id, self.config.eos_token_id
+        build, reference = train_sft.build_model if script is train_sft else train_grpo.build_policy, None
         with mock.patch.object(model_file, "read_weights", random_weights), \
                 mock.patch.object(train_sft, "read_weights", random_weights):
-            self.model = (train_sft.build_model if script is train_sft else train_grpo.build_policy)(
-                args, args.model, procs, dtype)
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer, self.frozen = torch.optim.AdamW(trained, lr=args.lr), []
-            if script is train_sft:
-                rows = [(self.ids(i, args.max_length), args.max_length // 8) for i in range(args.batch_size)]
-                self.run = lambda step: train_sft.train_step(step, self.model, self.optimizer, rows, self.tokenizer,
-                                                             args, procs)
-                return
-            reference = train_grpo.reference_policy(self.model, args, args.model, procs, dtype) if args.beta else None
-        if reference and not args.lora_r:
-            with reference() as policy:
-                self.frozen = list(policy.parameters())
+            self.model = build(args, args.model, procs, dtype)
+            if script is train_grpo and args.beta:
+                reference = train_grpo.reference_policy(self.model, args, args.model, procs, dtype)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=args.lr)
+        if script is train_sft:
+            rows = [(self.ids(i, args.max_length), args.max_length // 8) for i in range(args.batch_size)]
+            self.work = self.model, self.optimizer, rows, self.tokenizer, args, procs
+            return
         examples = TASKS["countdown"].load("train", count=args.prompts_per_step)
         for i, example in enumerate(examples):
             example["ids"] = self.ids(i, train_grpo.PLANNED_PROMPT)
-        self.run = lambda step: train_grpo.train_step(step, self.model, reference, self.optimizer, self.tokenizer,
-                                                      examples, args, procs, Signals(procs))
+        self.work = (self.model, reference, self.optimizer, self.tokenizer, examples, args, procs, Signals(procs))
+
+    def run(self, step):
+        return self.script.train_step(step, *self.work)
 
     def ids(self, key, length):
         return torch.randint(min(self.config.mask_token_id, self.config.eos_token_id), (length,),
                              generator=generator(key)).tolist()
 
     def rollout(self, rows):
-        """One batch of completions alone."""
+        """So many completions alone."""
         args = self.args
-        sampling = {name: getattr(args, name) for name in (*train_grpo.SAMPLING, "temperature")} | {"rollout_batch": rows}
+        sampling = {name: getattr(args, name) for name in (*train_grpo.SAMPLING, "temperature")}
         prompts = [self.ids(i, train_grpo.PLANNED_PROMPT) for i in range(rows)]
         return complete(self.model, self.tokenizer, prompts, keys=[(i,) for i in range(rows)], **sampling)
 
     def planned(self):
-        return planned_memory(self.config, self.args, 1, HEAD_CHUNK, self.passes)
+        return planned_memory(self.config, self.args, self.procs.world, HEAD_CHUNK, self.passes)
 
     def flops(self, *phases):
         return sum(planned_flops(self.config, self.args, self.passes[name], name == "update") for name in phases)
@@ -100,8 +101,11 @@ class Job:
             run()
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated(), time.monotonic() - began
-        states = [v for state in self.optimizer.state.values() for v in state.values()]
-        held = [getattr(t, "_local_tensor", t) for t in (*self.model.parameters(), *states, *self.frozen)]
+        held = [v for state in self.optimizer.state.values() for v in state.values()] + list(self.model.parameters())
+        if self.script is train_grpo and self.args.beta and not self.args.lora_r:
+            with self.work[1]() as frozen:
+                held += frozen.parameters()
+        held = [t.to_local() if isinstance(t, DTensor) else t for t in held]
         began = time.monotonic()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
             run()
@@ -113,22 +117,51 @@ class Job:
         return most + sum(t.numel() * t.itemsize for t in held), seconds
 
 
-def show(name, job, measured, phases, tokens):
+def show(name, job, measured, cost, tokens, planned):
     """One line: measured beside planned."""
-    (peak, seconds), planned, cost = measured, job.planned(), job.flops(*phases)
+    peak, seconds = measured
     device = torch.cuda.get_device_name() if job.procs.device.type == "cuda" else "CPU"
-    use = next((f"{cost / seconds / peak_rate:6.1%}" for gpu, peak_rate in PEAKS.items() if gpu in device), "     -")
-    print(f"{name:<22} {seconds:8.1f} {cost / RATE:8.1f} {tokens / seconds:10.0f} {cost / seconds / 1e12:9.2f} {use} "
-          f"{peak / GIB:9.3f} {planned['update' if phases == ('update',) else 'rollout' if len(phases) == 1 else 'peak'] / GIB:9.3f}",
-          flush=True)
+    use = [f"{cost / seconds / most:.0%}" for gpu, most in PEAKS.items() if gpu in device] or ["-"]
+    print(f"{name:<30} {seconds:8.1f} {cost / RATE:8.1f} {tokens / seconds:10.0f} {cost / seconds / 1e12:8.2f} "
+          f"{use[0]:>5} {peak / GIB:9.3f} {planned / GIB:9.3f}", flush=True)
 
 
 def main(argv=None):
+    """Returns {job: (bytes measured, bytes planned)}."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tiny", action="store_true", help="the embedded model's config, short rows")
-    p.add_argument("--device")
+    p.add_argument("--tiny", action="store_true", help="the embedded model's config and short rows")
+    p.add_argument("--device", help="cuda, cpu; default: a GPU where there is one")
     args = p.parse_args(argv)
-    ...
+    sft = ["--lora_r", 128]
+    grpo = ["--lora_r", 128, "--rollout_batch", 6]
+    if args.tiny:
+        sft += ["--batch_size", 4, "--microbatch", 2, "--max_length", 256]
+        grpo += ["--prompts_per_step", 2, "--num_iterations", 2, "--microbatch", 1, "--diffusion_steps", 8]
+    folder, found = ROOT / ("data/tiny" if args.tiny else "tests/llada_8b"), {}
+    with processes(args.device) as procs:
+        began = time.monotonic()
+        print(f"{'':<30} {'seconds':>8} {'planned':>8} {'tokens/s':>10} {'TFLOP/s':>8} {'MFU':>5} {'peak GiB':>9} "
+              f"{'planned':>9}")
+        job = Job(train_sft, procs, "--model", folder, "--device", procs.device, *sft)
+        job.run(0)  # warms up, and makes the optimizer's state
+        done, rows, length = job.peak(lambda: job.run(1)), job.args.batch_size, job.args.max_length
+        name, planned = f"SFT step, {rows} rows of {length}", job.planned()["peak"]
+        show(name, job, done, job.flops("update"), rows * length, planned)
+        found[name], job = (done[0], planned), None
+        gc.collect()
+        job = Job(train_grpo, procs, "--model", folder, "--device", procs.device, *grpo)
+        a, rows = job.args, job.args.prompts_per_step * job.args.group_size
+        done, planned = job.peak(lambda: job.rollout(6)), job.planned()
+        sampled = planned["rollout"] - planned["optimizer"]  # which has no state before the first update
+        name = f"rollout, 6 x {a.gen_length}, {a.diffusion_steps} steps"
+        show(name, job, done, job.flops("rollout") * 6 / rows, 6 * a.gen_length, sampled)
+        found[name] = done[0], sampled
+        done, name = job.peak(lambda: job.run(0)), f"GRPO step, {a.prompts_per_step} x {a.group_size} completions"
+        show(name, job, done, job.flops(*job.passes), rows * a.gen_length, planned["peak"])
+        found[name] = done[0], planned["peak"]
+        print(f"{time.monotonic() - began:.0f} s in all; planned seconds are for {RATE / 1e12:.0f} TFLOP/s; tokens: "
+              "trained in SFT, else generated")
+    return found
 
 
 if __name__ == "__main__":

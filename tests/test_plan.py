@@ -1,10 +1,41 @@
 """--plan against measurement: memory, FLOPs; and what a machine cannot do: no GPU, no bfloat16, out of memory."""
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import gpu_8b
 import train_grpo
 import train_sft
-from parallel import pick_dtype, processes
+from model import HEAD_CHUNK, Config, LLaDA, add_lora
+from parallel import Processes, pick_dtype, planned_memory, planned_parameters, processes
+
+LLADA_8B = str(gpu_8b.ROOT / "tests" / "llada_8b")
+SFT = ["--batch_size", 4, "--microbatch", 2, "--max_length", 300]
+GRPO = ["--gen_length", 64, "--diffusion_steps", 2, "--block_length", 32, "--rollout_batch", 2, "--prompts_per_step", 2,
+        "--group_size", 2, "--num_iterations", 2, "--microbatch", 1]
+
+
+# ---------------------------------------------------------------- what is planned is what is measured
+
+@pytest.mark.parametrize("dtype, lora_r, checkpointed", [
+    ("float32", 0, False), ("float32", 0, True), ("float32", 8, False), ("float32", 8, True),
+    ("bfloat16", 0, False), ("bfloat16", 8, False)])  # bfloat16 and all trained: FSDP over one process
+@pytest.mark.parametrize("script, words", [(train_sft, SFT), (train_grpo, GRPO)])
+def test_planned_memory_and_flops(script, words, dtype, lora_r, checkpointed):
+    """A whole step of the real script: its peak by the allocator, its FLOPs by torch's counter, within 10%."""
+    words = [*words, "--model", "data/tiny", "--dtype", dtype, "--lora_r", lora_r, "--device", "cpu"]
+    with processes("cpu") as procs:
+        job = gpu_8b.Job(script, procs, *words, *["--checkpoint_activations"] * checkpointed)
+        if script is train_sft:
+            job.run(0)  # the optimizer has its state from here on
+        measured, _ = job.peak(lambda: job.run(1))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no fused attention
+            job.run(2)
+    planned = job.planned()
+    print(f"memory {planned['peak'] / measured:.3f}, FLOPs {job.flops(*job.passes) / counter.get_total_flops():.3f}")
+    assert planned["peak"] == pytest.approx(measured, rel=0.10)
+    assert job.flops(*job.passes) == pytest.approx(counter.get_total_flops(), rel=0.10)
 
 
 # ---------------------------------------------------------------- the machine
