@@ -685,7 +685,7 @@ def planned_flops(c, args, passes, train=False):
 def print_plan(c, args, chunk, passes_of):
     """What --plan prints: memory on each GPU, what helps where it does not fit, cost and time of a step.
 
-    passes_of(args, gpus) -> {phase: Passes}, of which "update" has a backward pass. Returns planned_memory's bytes.
+    passes_of(c, args, gpus) -> {phase: Passes}, of which "update" has a backward pass. Returns planned_memory's bytes.
     """
     gpus = args.plan or int(os.environ.get("WORLD_SIZE", 1))
     Processes(0, gpus, torch.device("cpu")).check_replicas(args.replicas)
@@ -693,7 +693,7 @@ def print_plan(c, args, chunk, passes_of):
 
     def memory(gpus=gpus, **changes):
         other = argparse.Namespace(**{**vars(args), **changes})
-        return planned_memory(c, other, gpus, chunk, passes_of(other, gpus))
+        return planned_memory(c, other, gpus, chunk, passes_of(c, other, gpus))
     found, (block, rest, adapters) = memory(), planned_parameters(c, args)
     trained = f"{adapters:,} of LoRA r {args.lora_r}" if args.lora_r else "all"
     print(f"{c.n_layers * block + rest:,} parameters, trained: {trained}; GiB on each of {gpus} GPU{'s' * (gpus > 1)}:")
@@ -711,7 +711,7 @@ def print_plan(c, args, chunk, passes_of):
             if other["peak"] < found["peak"]:
                 print(f"  {words:<25} {other['peak'] / GIB:7.2f}"
                       + ", fits" * (other["peak"] / GIB < size - SPARE))
-    passes = passes_of(args, gpus)
+    passes = passes_of(c, args, gpus)
     costs = {name: planned_flops(c, args, one, name == "update") for name, one in passes.items()}
     for name, cost in {**costs, "step": sum(costs.values())}.items():
         words = f"if a GPU does {RATE / 1e12:.0f} TFLOP/s and communication hides behind it: an estimate"

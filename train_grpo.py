@@ -281,7 +281,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
     return row, samples
 
 
-def passes_of(args, gpus):
+def passes_of(c, args, gpus):
     """What a step does, for --plan, with prompts of PLANNED_PROMPT tokens."""
     mine = Processes(0, gpus, torch.device("cpu")).share(args.prompts_per_step, "--prompts_per_step")
     length, N, K = PLANNED_PROMPT + args.gen_length, args.prompts_per_step, args.masks_per_prompt

@@ -204,10 +204,11 @@ def build_model(args, folder, procs, dtype):
     return init_lora(model, generator(args.seed, "lora"), fill)
 
 
-def passes_of(args, gpus):
+def passes_of(c, args, gpus):
     """What a step does, for --plan: rows as long as they may be, half of their tokens masked, as on average."""
     mine = Processes(0, gpus, torch.device("cpu")).share(args.batch_size, "--batch_size")
-    return {"update": Passes(args.batch_size, min(args.microbatch, len(mine)), args.max_length, args.max_length // 2)}
+    length = min(args.max_length, c.max_sequence_length)
+    return {"update": Passes(args.batch_size, min(args.microbatch, len(mine)), length, length // 2)}
 
 
 def main(args):

@@ -53,7 +53,7 @@ class Job:
         self.script, self.config, self.procs = script, Config.from_folder(args.model), procs
         fill_defaults(args, script.DEFAULTS, self.config)
         dtype = pick_dtype(args.dtype, procs.device)
-        args.dtype, self.passes = str(dtype).removeprefix("torch."), script.passes_of(args, procs.world)
+        args.dtype, self.passes = str(dtype).removeprefix("torch."), script.passes_of(self.config, args, procs.world)
         self.tokenizer = Tokenizer.from_folder(ROOT / "data" / "tiny")
         self.tokenizer.mask_id, self.tokenizer.eos_id = self.config.mask_token_id, self.config.eos_token_id
         build, reference = train_sft.build_model if script is train_sft else train_grpo.build_policy, None

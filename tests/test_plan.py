@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import gpu_8b
 import train_grpo
 import train_sft
-from model import HEAD_CHUNK, Config, LLaDA, add_lora
-from parallel import Processes, pick_dtype, planned_memory, planned_parameters, processes
+from model import LORA_TARGETS, Config, LLaDA, add_lora
+from parallel import pick_dtype, planned_parameters, processes
 
 LLADA_8B = str(gpu_8b.ROOT / "tests" / "llada_8b")
 SFT = ["--batch_size", 4, "--microbatch", 2, "--max_length", 300]
@@ -36,6 +36,83 @@ def test_planned_memory_and_flops(script, words, dtype, lora_r, checkpointed):
     print(f"memory {planned['peak'] / measured:.3f}, FLOPs {job.flops(*job.passes) / counter.get_total_flops():.3f}")
     assert planned["peak"] == pytest.approx(measured, rel=0.10)
     assert job.flops(*job.passes) == pytest.approx(counter.get_total_flops(), rel=0.10)
+
+
+@pytest.mark.parametrize("folder", ["data/tiny", LLADA_8B, "tests/golden/llada_gqa"])
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj"], list(LORA_TARGETS)])
+def test_planned_parameters_are_the_models(folder, targets):
+    config = Config.from_folder(folder)
+    net = LLaDA.empty(config, "meta", shape=lambda model: add_lora(model, 8, 16, targets))
+    args = train_sft.parse_args(["--lora_r", "8", "--lora_targets", *targets])
+    block, rest, adapters = planned_parameters(config, args)
+    assert adapters == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert config.n_layers * block + rest + adapters == sum(p.numel() for p in net.parameters())
+
+
+def plan(capsys, script, *words):
+    """(bytes by what holds them, the text) of --plan for LLaDA-8B."""
+    task = ["--task", "countdown"] if "--model" in words else ["--task", "countdown", "--model", LLADA_8B]
+    found = script.main(script.parse_args([*task, *map(str, words)]))
+    return {name: size / gpu_8b.GIB for name, size in found.items()}, capsys.readouterr().out
+
+
+def test_plan_of_8b(capsys):
+    """What can be worked out by hand: 8.0156e9 parameters, AdamW's 8 bytes for each that is trained, 4 of gradient."""
+    billion = 8.015581184e9 / 2 ** 30
+    found, text = plan(capsys, train_grpo, "--plan", 8, "--lora_r", 0)
+    assert [found[name] for name in ("parameters", "gradients", "optimizer", "reference")] == pytest.approx(
+        [billion * size / 8 for size in (4, 4, 8, 2)])
+    assert "8,015,581,184 parameters, trained: all; GiB on each of 8 GPUs" in text and "\nfits in" in text
+    assert 2 * billion < found["rollout"] - sum(found[n] for n in ("parameters", "optimizer", "reference"))  # gathered
+    found, text = plan(capsys, train_grpo, "--plan", 1)
+    adapters = 128 * 32 * (3 * 8192 + 16384)
+    assert found["parameters"] * 2 ** 30 == 2 * 8_015_581_184 + 4 * adapters and found["reference"] == 0
+    assert f"trained: {adapters:,} of LoRA r 128" in text and "128 passes over 96 rows of 456 tokens" in text
+    # the rollout by hand: 2 FLOPs for each weight, 6.98e9 in blocks and adapters, and 4 T d a layer in attention
+    rollout = 128 * 96 * (456 * (2 * (32 * (4 * 4096 ** 2 + 3 * 4096 * 12288) + adapters) + 4 * 456 * 4096 * 32)
+                          + 32 * 2 * 126464 * 4096)
+    assert f"rollout {rollout / 1e15:9.2f} PFLOP {rollout / 4e14:7.1f} s" in text
+    copies, _ = plan(capsys, train_grpo, "--plan", 64, "--lora_r", 0, "--replicas", 8, "--prompts_per_step", 64)
+    one, _ = plan(capsys, train_grpo, "--plan", 8, "--lora_r", 0, "--prompts_per_step", 8)
+    assert copies == one  # eight copies of a job on eight GPUs
+
+
+@pytest.mark.parametrize("script, words, helps", [
+    (train_sft, ["--lora_r", 0], ["--checkpoint_activations", "--lora_r 128"]),
+    (train_sft, ["--microbatch", 4, "--batch_size", 8], ["--microbatch 1", "--checkpoint_activations"]),
+    (train_grpo, ["--lora_r", 0], ["4 GPUs", "8 GPUs"]),
+    (train_grpo, ["--rollout_batch", 1024], ["--rollout_batch 1"])])
+def test_plan_says_what_helps(capsys, script, words, helps):
+    found, text = plan(capsys, script, "--plan", 1, *words)
+    assert "DOES NOT FIT in 79 GiB" in text and found["peak"] > 74
+    for option in helps:
+        line = next(line for line in text.splitlines() if line.startswith(f"  {option} "))
+        count = ["--plan", option.split()[0]] if option.endswith("GPUs") else ["--plan", 1, *option.split()]
+        other, _ = plan(capsys, script, *words, *count)
+        assert f"{other['peak']:.2f}" in line and line.endswith("fits") == (other["peak"] < 74)
+
+
+def test_plan_reads_only_config_json(capsys, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text((gpu_8b.ROOT / "data/tiny/config.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    for script in (train_sft, train_grpo):
+        assert plan(capsys, script, "--model", tmp_path, "--plan", 2)[0]["peak"] < 1
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--plan", 7], "--prompts_per_step 16 does not divide by 7 processes: use 14 or 21"),
+    (["--plan", 8, "--replicas", 3], "--replicas 3 does not divide 8 processes"),
+    (["--plan", 8, "--block_length", 7], "--block_length 7 does not divide"),
+    (["--plan", 8, "--model", "nowhere"], "--model nowhere: no such folder")])
+def test_plan_refuses_in_one_line(capsys, words, message):
+    with pytest.raises(SystemExit, match=rf"^error: {message}[^\n]*$"):
+        plan(capsys, train_grpo, *words)
+
+
+def test_the_8b_script_runs_at_small_size():
+    found = gpu_8b.main(["--tiny", "--device", "cpu"])
+    assert len(found) == 3 and all(planned == pytest.approx(peak, rel=0.15) for peak, planned in found.values())
 
 
 # ---------------------------------------------------------------- the machine
