@@ -65,10 +65,10 @@ def build(module, args, procs, dtype=torch.float32):
     return model
 
 
-def sft_gradients(procs, *more, dtype=torch.float32):
+def sft_gradients(procs, *more):
     """One train_step on 12 rows: its loss and every gradient, whole."""
     args = parse(train_sft, *SFT, *more)
-    model = build(train_sft, args, procs, dtype)
+    model = build(train_sft, args, procs)
     rows = [(torch.randint(480, (12 + i % 7,), generator=generator("row", i)).tolist(), 3 + i % 5) for i in range(12)]
     caught = Catch(model, procs)
     row = train_sft.train_step(0, model, caught, rows, TOKENIZER, args, procs)
@@ -93,10 +93,10 @@ def a_rollout(model, procs, args, G=3, P=7, L=9):
     return rollout
 
 
-def grpo_gradients(procs, *more, dtype=torch.float32):
+def grpo_gradients(procs, *more):
     """One update_policy on 12 prompts: what it logs and every gradient, whole."""
     args = parse(train_grpo, *GRPO, *more)
-    model = build(train_grpo, args, procs, dtype)
+    model = build(train_grpo, args, procs)
     rollout, caught = a_rollout(model, procs, args), Catch(model, procs)
     slices = [slice(i, i + args.microbatch) for i in range(0, len(rollout.prompt), args.microbatch)]
     row = train_grpo.update_policy(0, 0, model, caught, rollout, slices, args, procs, TOKENIZER.mask_id)
@@ -186,11 +186,11 @@ def each_reads_its_part(procs, replicas):
 
 def unequal_work(procs):
     """Inside gathered(), a process may run as many forward passes as it likes; afterwards training goes on."""
-    args, ids = parse(train_sft, *SFT), torch.arange(40).view(2, 20)
-    model = build(train_sft, args, procs)
+    model, ids = build(train_sft, parse(train_sft, *SFT), procs), torch.arange(40).view(2, 20)
     with torch.no_grad(), gathered(model):
         logps = [model(ids[:, :20 - i], targets=ids[:, :20 - i]) for i in range(1 + 2 * procs.rank)][0]
-    return {"inside": logps, "after": model(ids, targets=ids).detach()}
+    model(ids, targets=ids).mean().backward()
+    return {"inside": logps} | {name: procs.whole(p.grad) for name, p in model.named_parameters()}
 
 
 def equal_work_where_weights_stay_sharded(procs):
@@ -266,9 +266,13 @@ def torchrun(nodes, count, *words):
               "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"]
     jobs = [subprocess.Popen(list(map(str, [*launch, *words])), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                              text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(nodes)]
-    for job in jobs:
-        errors = job.communicate(timeout=300)[1]
-        assert job.returncode == 0, errors[-5000:]
+    try:
+        for job in jobs:
+            errors = job.communicate(timeout=300)[1]
+            assert job.returncode == 0, errors[-5000:]
+    finally:
+        for job in jobs:
+            job.terminate()  # does nothing where it has ended
 
 
 @pytest.fixture(scope="module")

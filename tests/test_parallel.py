@@ -170,8 +170,7 @@ def test_a_disk_that_not_all_nodes_share_is_named(run):
 
     class Elsewhere(Processes):
         def gather(self, items):
-            return ["step_000001"]
-    run.lock.close()
+            return ["step_000001"] if items == [None] else items
     with pytest.raises(ValueError, match="rank 1 does not see .*step_000001: --out must be on a shared disk"):
         Run(run.out / "mount", OPTIONS, Elsewhere(1, 2, torch.device("cpu")), resume=True).open()
 

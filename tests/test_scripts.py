@@ -108,13 +108,6 @@ def test_two_processes_repeat_one(run, tmp_path):
     assert texts[0] == texts[1]
 
 
-def test_sft_on_two_processes_repeats_one(tmp_path):
-    sft(tmp_path / "one", "--task", "countdown", "sudoku")
-    done = torchrun("train_sft.py", *SFT, "--task", "countdown", "sudoku", "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert_close(metrics(tmp_path / "one"), metrics(tmp_path / "two"), 1e-4)
-
-
 @pytest.mark.parametrize("more", [[], ["--lora_r", 4]])
 def test_kl_is_zero_before_the_first_update(tmp_path, more):
     """mu = 1: the only update of step 1 sees policy = old policy = reference; it works with beta > 0."""
@@ -313,16 +306,6 @@ def test_a_signal_anywhere_costs_nothing(whole, tmp_path, monkeypatch, capsys, n
     assert not (tmp_path / "run" / "summary.json").exists()
     script(tmp_path / "run", *options, "--resume")
     assert_same_run(uninterrupted, tmp_path / "run")
-
-
-def test_one_process_goes_on_as_two(run, tmp_path):
-    options = ["--eval_count", 0, "--out", tmp_path / "run"]
-    grpo(tmp_path / "run", *options, "--steps", 1)
-    done = torchrun("train_grpo.py", *GRPO, *options, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "resumed with another --steps: 1 -> 2" in done.stdout
-    plain = [{name: value for name, value in row.items() if "held_out" not in name} for row in metrics(run[0])]
-    assert_close(plain, metrics(tmp_path / "run"), 1e-4)
 
 
 def test_killed_at_twenty_random_moments(tmp_path):
