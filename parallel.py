@@ -688,7 +688,10 @@ def print_plan(c, args, chunk, passes_of):
     passes_of(c, args, gpus) -> {phase: Passes}, of which "update" has a backward pass. Returns planned_memory's bytes.
     """
     gpus = args.plan or int(os.environ.get("WORLD_SIZE", 1))
-    Processes(0, gpus, torch.device("cpu")).check_replicas(args.replicas)
+    if gpus < 1:
+        raise ValueError(f"--plan {gpus}: name a number of GPUs, e.g. --plan 8")
+    procs = Processes(int(os.environ.get("RANK", 0)), gpus, torch.device("cpu"))
+    procs.check_replicas(args.replicas)
     size = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79  # of 80 GB
 
     def memory(gpus=gpus, **changes):
@@ -696,11 +699,11 @@ def print_plan(c, args, chunk, passes_of):
         return planned_memory(c, other, gpus, chunk, passes_of(c, other, gpus))
     found, (block, rest, adapters) = memory(), planned_parameters(c, args)
     trained = f"{adapters:,} of LoRA r {args.lora_r}" if args.lora_r else "all"
-    print(f"{c.n_layers * block + rest:,} parameters, trained: {trained}; GiB on each of {gpus} GPU{'s' * (gpus > 1)}:")
+    procs.print(f"{c.n_layers * block + rest:,} parameters, trained: {trained}; GiB on a GPU of {gpus}:")
     for name, words in PLANNED.items():
-        print(f"{name:>12} {found[name] / GIB:9.2f}  {words}")
+        procs.print(f"{name:>12} {found[name] / GIB:9.2f}  {words}")
     fits = found["peak"] / GIB < size - SPARE
-    print(f"{'fits' if fits else 'DOES NOT FIT'} in {size:.0f} GiB with {SPARE} left to CUDA, NCCL and gaps")
+    procs.print(f"{'fits' if fits else 'DOES NOT FIT'} in {size:.0f} GiB with {SPARE} left to CUDA, NCCL and gaps")
     if not fits:
         tries = {f"--{name} {'' if value is True else value}": memory(**{name: value})
                  for name, value in HELPS.items() if getattr(args, name, value) != value}
@@ -709,8 +712,8 @@ def print_plan(c, args, chunk, passes_of):
                 tries[f"{more} GPUs"] = memory(more)
         for words, other in tries.items():
             if other["peak"] < found["peak"]:
-                print(f"  {words:<25} {other['peak'] / GIB:7.2f}"
-                      + ", fits" * (other["peak"] / GIB < size - SPARE))
+                procs.print(f"  {words:<25} {other['peak'] / GIB:7.2f}"
+                            + ", fits" * (other["peak"] / GIB < size - SPARE))
     passes = passes_of(c, args, gpus)
     costs = {name: planned_flops(c, args, one, name == "update") for name, one in passes.items()}
     for name, cost in {**costs, "step": sum(costs.values())}.items():
@@ -718,5 +721,5 @@ def print_plan(c, args, chunk, passes_of):
         if name in passes:
             one = passes[name]
             words = f"{one.times} passes over {one.total} rows of {one.length} tokens, {one.rows} at a time on a GPU"
-        print(f"{name:>12} {cost / 1e15:9.2f} PFLOP {cost / gpus / RATE:7.1f} s  {words}")
+        procs.print(f"{name:>12} {cost / 1e15:9.2f} PFLOP {cost / gpus / RATE:7.1f} s  {words}")
     return found

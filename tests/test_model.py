@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import golden, reference, tensors, worst
+from conftest import ROOT, golden, reference, tensors, worst
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,9 +20,7 @@ from model import (LORA_TARGETS, SUPPORTED, Config, LLaDA, RMSNorm, adapters_off
 MODELS = ("llada_mha", "llada_gqa")
 MASK_ID, EOS_ID = 500, 481
 RAW = json.loads(golden("llada_mha/config.json").read_text())
-LLADA_8B = RAW | {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
-                  "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096, "mask_token_id": 126336,
-                  "eos_token_id": 126081, "pad_token_id": 126081}
+LLADA_8B = json.loads((ROOT / "tests" / "llada_8b" / "config.json").read_text())  # the published values
 
 
 def g(seed=0):

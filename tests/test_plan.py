@@ -62,7 +62,7 @@ def test_plan_of_8b(capsys):
     found, text = plan(capsys, train_grpo, "--plan", 8, "--lora_r", 0)
     assert [found[name] for name in ("parameters", "gradients", "optimizer", "reference")] == pytest.approx(
         [billion * size / 8 for size in (4, 4, 8, 2)])
-    assert "8,015,581,184 parameters, trained: all; GiB on each of 8 GPUs" in text and "\nfits in" in text
+    assert "8,015,581,184 parameters, trained: all; GiB on a GPU of 8:" in text and "\nfits in" in text
     assert 2 * billion < found["rollout"] - sum(found[n] for n in ("parameters", "optimizer", "reference"))  # gathered
     found, text = plan(capsys, train_grpo, "--plan", 1)
     adapters = 128 * 32 * (3 * 8192 + 16384)
@@ -102,6 +102,7 @@ def test_plan_reads_only_config_json(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (["--plan", 7], "--prompts_per_step 16 does not divide by 7 processes: use 14 or 21"),
+    (["--plan", -1], "--plan -1: name a number of GPUs"),
     (["--plan", 8, "--replicas", 3], "--replicas 3 does not divide 8 processes"),
     (["--plan", 8, "--block_length", 7], "--block_length 7 does not divide"),
     (["--plan", 8, "--model", "nowhere"], "--model nowhere: no such folder")])
