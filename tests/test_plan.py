@@ -7,8 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import gpu_8b
 import train_grpo
 import train_sft
-from model import LORA_TARGETS, Config, LLaDA, add_lora
-from parallel import pick_dtype, planned_parameters, processes
+from conftest import golden
+from model import LORA_TARGETS, Config, LLaDA, add_lora, rope_tables
+from parallel import Passes, pick_dtype, planned_memory, planned_parameters, processes
 
 LLADA_8B = str(gpu_8b.ROOT / "tests" / "llada_8b")
 SFT = ["--batch_size", 4, "--microbatch", 2, "--max_length", 300]
@@ -36,6 +37,31 @@ def test_planned_memory_and_flops(script, words, dtype, lora_r, checkpointed):
     print(f"memory {planned['peak'] / measured:.3f}, FLOPs {job.flops(*job.passes) / counter.get_total_flops():.3f}")
     assert planned["peak"] == pytest.approx(measured, rel=0.10)
     assert job.flops(*job.passes) == pytest.approx(counter.get_total_flops(), rel=0.10)
+
+
+@pytest.mark.parametrize("lora_r", [0, 8])
+@pytest.mark.parametrize("name", ["llada_mha", "llada_gqa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_activations_are_what_the_graph_keeps(name, dtype, lora_r):
+    """Tensors that autograd saves in the blocks, each storage once, parameters and rotary tables aside."""
+    net = LLaDA.from_pretrained(golden(name), dtype=dtype)
+    if lora_r:
+        add_lora(net, lora_r, 16, ["q_proj", "k_proj", "v_proj", "up_proj"], torch.Generator().manual_seed(0))
+    saved, size = {}, 2 * 128 * min(net.config.d_model, net.config.n_kv_heads * net.config.head_dim) * dtype.itemsize
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights and tensor.untyped_storage().nbytes() >= size:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x = torch.randn(2, 128, net.config.d_model, dtype=dtype, requires_grad=True)
+        tables = rope_tables(128, net.config.head_dim, net.config.rope_theta, "cpu")
+        for block in net.blocks:
+            x = block(x, *tables)
+    args = train_sft.parse_args(["--lora_r", str(lora_r), "--dtype", str(dtype).removeprefix("torch.")])
+    planned = planned_memory(net.config, args, 1, 1, {"update": Passes(2, 2, 128, 0)})
+    assert planned["activations"] == pytest.approx(sum(t.untyped_storage().nbytes() for t in saved.values()), rel=0.01)
 
 
 @pytest.mark.parametrize("folder", ["data/tiny", LLADA_8B, "tests/golden/llada_gqa"])
