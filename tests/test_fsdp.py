@@ -11,6 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from conftest import ROOT, golden, worst
 from safetensors.torch import load_file, save_file
 
 import model as model_file
+import parallel
 import train_grpo
 import train_sft
 from d1 import completion_mask, generator, group_advantages
@@ -184,6 +187,21 @@ def each_reads_its_part(procs, replicas):
     assert total == sum(p.numel() for p in model.parameters()) * replicas
 
 
+def saved_shard_by_shard(procs, folder):
+    """The main process never holds more than a file of the full weights, the others none of them."""
+    model, held = build(train_sft, parse(train_sft, *SFT), procs), [0]
+
+    def whole(p):
+        full = procs.whole(p)
+        held.append(held[-1] + full.nbytes)
+        weakref.finalize(full, lambda size: held.append(held[-1] - size), full.nbytes)
+        return full
+    with tempfile.TemporaryDirectory() as nowhere:
+        model.save_pretrained(folder if procs.is_main else nowhere, max_shard_bytes=150_000, whole=whole)
+    total = sum(4 * p.numel() for p in model.parameters())
+    assert 100_000 < max(held) <= 150_000 < total / 3 if procs.is_main else max(held) == 0
+
+
 def unequal_work(procs):
     """Inside gathered(), a process may run as many forward passes as it likes; afterwards training goes on."""
     model, ids = build(train_sft, parse(train_sft, *SFT), procs), torch.arange(40).view(2, 20)
@@ -247,9 +265,11 @@ def worker(small, out, replicas, resume=""):
             if procs.is_main:
                 save_file({key: t.contiguous() for key, t in tensors.items()}, out / f"{name}.safetensors")
         each_reads_its_part(procs, replicas)
+        saved_shard_by_shard(procs, out / "shards")
         not_finite_on_one_process(procs)
         for module in (train_sft, train_grpo):  # one group of processes for all of them
             module.processes = lambda *_: contextlib.nullcontext(procs)
+        parallel.MAX_FILE_BYTES = 20_000  # optimizer files
         for name in RUNS:
             more = ["--resume"] if resume else []
             run(name, small, (Path(resume) if resume else out) / name, *more, "--replicas", replicas)
@@ -362,7 +382,7 @@ def test_many_processes_give_the_numbers_of_one(alone, many, name):
 def files(run, number=-1):
     """Every tensor of a checkpoint of a run, the last."""
     folder = sorted(run.glob("step_*"))[number]
-    return {f"{path.stem}/{name}": t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 def rows(run):
@@ -394,11 +414,18 @@ def test_many_processes_give_the_run_of_one(whole, two, four, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_saved_on_two_processes_resumed_on_one_and_on_three(small, whole, two, three, name, tmp_path, capsys):
     resumed = cut(two, tmp_path / "resumed") / name
+    assert "LoRA" in name or (resumed / "step_000002/optimizer-3.safetensors").exists()  # more files than one
     run(name, small, resumed, "--resume")
     shown = capsys.readouterr().out
     assert f"resumed from {resumed}/step_000002" in shown and "resumed on 1 processes, not 2" in shown
     assert_same_run(whole / name, resumed)
     assert_same_run(whole / name, three / "resumed" / name)
+
+
+def test_what_many_processes_save_one_reads(many):
+    one, saved = (model_file.LLaDA.from_pretrained(folder).state_dict() for folder in (MODEL, many / "shards"))
+    assert len(list((many / "shards").glob("*.safetensors"))) > 3
+    assert one.keys() == saved.keys() and all(torch.equal(one[name], saved[name]) for name in one)
 
 
 def test_two_launches_of_torchrun_are_two_nodes_of_one_job(two):
