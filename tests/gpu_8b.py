@@ -96,6 +96,7 @@ class Job:
         """Bytes that were allocated at once while run() went on, and its seconds."""
         device = self.procs.device
         if device.type == "cuda":
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             began = time.monotonic()
             run()
@@ -136,7 +137,7 @@ def main(argv=None):
     grpo = ["--lora_r", 128, "--rollout_batch", 6]
     if args.tiny:
         sft += ["--batch_size", 4, "--microbatch", 2, "--max_length", 256]
-        grpo += ["--prompts_per_step", 2, "--num_iterations", 2, "--microbatch", 1, "--diffusion_steps", 8]
+        grpo += ["--prompts_per_step", 2, "--num_iterations", 2, "--microbatch", 1, "--diffusion_steps", 4]
     folder, found = ROOT / ("data/tiny" if args.tiny else "tests/llada_8b"), {}
     with processes(args.device) as procs:
         began = time.monotonic()
