@@ -355,8 +355,9 @@ class Run:
         state = {"step": 0, "unlogged": None, "before": None, "after": None, "seconds": 0.0}
         if self.checkpoint:
             load(model, self.checkpoint, fill=fill)
-            load_optimizer(model, optimizer, self.checkpoint)
             state = json.loads((self.checkpoint / "state.json").read_text())
+            if state["step"]:  # else saved before the first update
+                load_optimizer(model, optimizer, self.checkpoint)
             self.procs.print(f"resumed from {self.checkpoint}")
         logged = state["step"] - bool(state["unlogged"])
         for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl") if self.procs.is_main else ():
@@ -514,7 +515,7 @@ def load_optimizer(model, optimizer, folder):
                 if name in trained:
                     optimizer.state[trained[name]][key] = read_like(trained[name], file, full)
     wrong = found ^ trained.keys()
-    if found and wrong:  # none found: saved before the first update
+    if wrong:
         raise ValueError(f"{folder}: optimizer state and trained parameters differ in {min(wrong)}, "
                          "is this checkpoint of this run?")
 
