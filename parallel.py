@@ -626,6 +626,8 @@ def planned_parameters(c, args):
     C, KV, M = c.d_model, c.n_kv_heads * c.head_dim, c.mlp_hidden_size
     ends = {"q_proj": 2 * C, "k_proj": C + KV, "v_proj": C + KV, "attn_out": 2 * C,
             "ff_proj": C + M, "up_proj": C + M, "ff_out": C + M}  # in + out of each matrix
+    if unknown := set(args.lora_targets) - ends.keys():
+        raise ValueError(f"--lora_targets {' '.join(sorted(unknown))}: choose from {' '.join(ends)}")
     return (2 * C * C + 2 * C * KV + 3 * C * M + 2 * C, (2 - c.weight_tying) * c.embedding_size * C + C,
             args.lora_r * c.n_layers * sum(ends[target] for target in args.lora_targets))
 

@@ -3,7 +3,8 @@
     python tests/gpu_8b.py             an 80 GB GPU; 5 minutes on an H100, as planned
     python tests/gpu_8b.py --tiny      the same with the embedded model's config, on a CPU, seconds
 
-Options, model and train_step are those of the training scripts; random are only the weights and the tokens.
+Options, model and train_step are those of the training scripts; random are only the weights and the tokens. MFU is of
+the peak in bfloat16; the head, scored once more in the backward pass, is counted (2% of an update).
 """
 import argparse
 import gc

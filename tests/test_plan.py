@@ -1,6 +1,7 @@
 """--plan against measurement: memory, FLOPs; and what a machine cannot do: no GPU, no bfloat16, out of memory."""
 import pytest
 import torch
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +26,7 @@ GRPO = ["--gen_length", 64, "--diffusion_steps", 2, "--block_length", 32, "--rol
 @pytest.mark.parametrize("script, words", [(train_sft, SFT), (train_grpo, GRPO)])
 def test_planned_memory_and_flops(script, words, dtype, lora_r, checkpointed):
     """A whole step of the real script: its peak by the allocator, its FLOPs by torch's counter, within 10%."""
+    _clear_sharding_prop_cache()  # DTensor remembers meshes of earlier process groups, which are gone
     words = [*words, "--model", "data/tiny", "--dtype", dtype, "--lora_r", lora_r, "--device", "cpu"]
     with processes("cpu") as procs:
         job = gpu_8b.Job(script, procs, *words, *["--checkpoint_activations"] * checkpointed)
@@ -128,6 +130,7 @@ def test_plan_reads_only_config_json(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (["--plan", 7], "--prompts_per_step 16 does not divide by 7 processes: use 14 or 21"),
+    (["--plan", 8, "--lora_targets", "o_proj"], "--lora_targets o_proj: choose from q_proj k_proj"),
     (["--plan", -1], "--plan -1: name a number of GPUs"),
     (["--plan", 8, "--replicas", 3], "--replicas 3 does not divide 8 processes"),
     (["--plan", 8, "--block_length", 7], "--block_length 7 does not divide"),
