@@ -3,10 +3,16 @@
 A LLaMA-style network with two differences: attention is bidirectional and logits[i] predict token i, not i + 1.
 Parameter names are those of the checkpoint (GSAI-ML/LLaDA-8B-Base, -Instruct, 1.5), so nothing is renamed on the way in
 or out.
+
+    python model.py merge BASE ADAPTER OUT                   fold a trained adapter into its base
 """
+import argparse
 import contextlib
+import hashlib
 import json
 import re
+import shutil
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # Fields that would change the network, each with the one value implemented here (all published LLaDA files have it).
 SUPPORTED = {
@@ -28,6 +35,9 @@ SUPPORTED = {
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")  # every matrix of a block
 MAX_SHARD_BYTES = 5_000_000_000
 HEAD_CHUNK = 2 ** 26  # logits that exist at a time while tokens are scored: 0.25 GB in float32
+# what a standard loader of LLaDA reads beside config and weights; carried along by `merge`, code never run
+CARRIED = ("config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer*.json",
+           "special_tokens_map.json", "*.jinja", "*.py")
 
 
 @dataclass(frozen=True)
@@ -302,17 +312,24 @@ class LLaDA(nn.Module):
 
 # ---------------------------------------------------------------- files
 
-def find_checkpoint(name):
+def find_checkpoint(name, files=("*.safetensors", "*.json", "*.py")):
     """A folder for `name`: itself if it is one, else the hub's snapshot of that id (downloaded once, then cached)."""
-    path = Path(name)
-    if path.is_dir():
-        return path
+    folder = Path(name) if Path(name).is_dir() else download(name, files)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = adapter_config(folder).get("base_model_name_or_path") or "BASE"
+        raise ValueError(f"--model {name}: an adapter of {base}, not a model: fold it in with python model.py merge "
+                         f"{base} {name} OUT, then --model OUT")
+    return folder
+
+
+def download(name, files):
+    """The hub's snapshot of an id, limited to `files`. Raises FileNotFoundError that says how to get it by hand."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
         raise FileNotFoundError(f"--model {name}: no such folder, and not a hub id like GSAI-ML/LLaDA-8B-Instruct")
     from huggingface_hub import snapshot_download  # arrives with tokenizers; only needed for hub ids
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"--model {name}: neither a local folder nor reachable on the hub ({first}); on a "
@@ -399,6 +416,11 @@ def read_weights(model, folder, fill=fill):
     return model
 
 
+def load_tensor(path, key):
+    with open_safetensors(path) as file:
+        return read_tensor(file, key, path)
+
+
 def read_tensor(file, key, path, rows=slice(None)):
     """Rows of one tensor; raises ValueError where it is not floating point or holds NaN or Inf."""
     tensor = file.get_slice(key)[rows]
@@ -430,10 +452,9 @@ class LoRALinear(nn.Linear):
         low = F.linear(x, self.lora_A.to(x.dtype))  # kept in float32, computed in the model's dtype
         return y + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
-    def merged(self):
-        """W + scale B A, summed in float32 or wider and rounded once."""
-        wide = self.weight.to(self.lora_B.dtype) + self.scale * self.lora_B @ self.lora_A
-        return wide.to(self.weight.dtype)
+    def merged(self, weight, A, B):
+        """weight + scale B A, summed in float32 or wider and rounded once."""
+        return (weight.to(torch.promote_types(weight.dtype, B.dtype)) + self.scale * B @ A).to(weight.dtype)
 
 
 def lora_modules(model):
@@ -492,7 +513,7 @@ def merge_lora(model):
             layer = getattr(block, target)
             if isinstance(layer, LoRALinear):
                 plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(layer.merged())
+                plain.weight = nn.Parameter(layer.merged(layer.weight, layer.lora_A, layer.lora_B))
                 setattr(block, target, plain)
     return model.requires_grad_(True)
 
@@ -524,14 +545,18 @@ def save_weights(model, folder, base="", whole=whole):
 
 def load_weights(model, folder, fill=fill):
     """The counterpart of `save_weights`: into a model that has the same form, adapters included."""
+    for layer in list(lora_modules(model).values())[:1]:
+        config, r = adapter_config(folder), layer.lora_A.shape[0]
+        if (config["r"], config["lora_alpha"]) != (r, layer.scale * r):
+            raise ValueError(f"{folder}: this adapter needs --lora_r {config['r']} --lora_alpha "
+                             f"{config['lora_alpha']:g}, the options say {r} and {layer.scale * r:g}")
     return (read_adapter if lora_modules(model) else read_weights)(model, folder, fill)
 
 
-def load_lora(model, folder):
-    """Put the adapter of `folder` (ours or PEFT's) on the model. Raises ValueError where it belongs to another base."""
-    folder = Path(folder)
-    path = folder / "adapter_config.json"
-    if not path.is_file() or not (folder / "adapter_model.safetensors").is_file():
+def adapter_config(folder):
+    """The dict in `folder`/adapter_config.json. Raises an error where it is not there, or anything but plain LoRA."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file() or not (path.parent / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"{folder}: expected adapter_config.json and adapter_model.safetensors")
     try:
         config = json.loads(path.read_text())
@@ -541,13 +566,22 @@ def load_lora(model, folder):
     other = [key for key in ("use_rslora", "use_dora", "alpha_pattern", "fan_in_fan_out") if config.get(key)]
     if kind != "LORA" or other:
         raise ValueError(f"{path}: {other[0] if other else f'peft_type {kind}'} is not supported, only plain LoRA")
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
+        raise ValueError(f"{path}: r = {r!r} and lora_alpha = {alpha!r} must be numbers, r at least 1")
+    return config
+
+
+def load_lora(model, folder, fill=fill):
+    """Put the adapter of `folder` (ours or PEFT's) on the model. Raises ValueError where it belongs to another base."""
+    folder = Path(folder)
+    config = adapter_config(folder)
     with open_safetensors(folder / "adapter_model.safetensors") as file:
         names = list(file.keys())
     targets = [t for t in LORA_TARGETS if any(f".{t}.lora_" in name for name in names)]
     if not targets:
         raise ValueError(f"{folder}: no LoRA tensor of a LLaDA block in adapter_model.safetensors")
-    add_lora(model, r, alpha, targets, torch.Generator().manual_seed(0))
-    return read_adapter(model, folder)
+    add_lora(model, config["r"], config["lora_alpha"], targets)
+    return read_adapter(model, folder, fill)
 
 
 def read_adapter(model, folder, fill=fill):
@@ -564,3 +598,77 @@ def read_adapter(model, folder, fill=fill):
                              f"{tuple(parameter.shape)}: an adapter of another base?")
         fill(parameter, tensors[key].__getitem__)
     return model
+
+
+# ---------------------------------------------------------------- command line
+
+@torch.no_grad()
+def merge(base, trained, out):
+    """Write the model folder `out`: `base` with what training changed, one shard in memory at a time.
+
+    base: folder or hub id; trained: an adapter, which is folded in, or a whole model, whose weights take the places of
+    the base's (training keeps them in float32). Files, index, names, dtypes, config and tokenizer are the base's:
+    whatever loads the base loads `out`. Returns the adapters folded in so far, which merged.json keeps. Raises
+    ValueError or FileNotFoundError before it writes: `out` not new, an adapter of another base or merged already.
+    """
+    folder, trained, out = find_checkpoint(base), Path(trained), Path(out)
+    if out.exists():
+        raise ValueError(f"{out}: exists already, name a new folder")
+    with torch.device("meta"):
+        model = LLaDA(Config.from_folder(folder))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    files, layers, values, source, record = weight_files(folder, shapes), {}, {}, {}, folder / "merged.json"
+    merges = json.loads(record.read_text()) if record.is_file() else []
+    if (trained / "config.json").is_file():
+        source = {key: path for path, names in weight_files(trained, shapes).items() for key in names}
+    else:
+        load_lora(model, trained, lambda p, read: values.update({p: read(slice(None))}))  # on the meta device, all else
+        layers = {f"{name}.weight": layer for name, layer in lora_modules(model).items()}
+        merges = add_merge(merges, base, trained)
+    half = out.with_name(out.name + ".tmp")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    (half / "merged.json").write_text(json.dumps(merges, indent=2) + "\n")
+    for path in {path for pattern in CARRIED for path in folder.glob(pattern)}:
+        shutil.copyfile(path, half / path.name)
+    for path, names in tqdm(files.items(), desc="merge", unit="shard"):
+        tensors = {key: load_tensor(path, key) for key in names}
+        for key in source.keys() & names:
+            tensors[key] = load_tensor(source[key], key).to(tensors[key].dtype)
+        for key in layers.keys() & names:
+            layer = layers[key]
+            tensors[key] = layer.merged(tensors[key], values[layer.lora_A], values[layer.lora_B])
+        save_file(tensors, half / path.name, metadata={"format": "pt"})
+        shutil.copymode(half / "config.json", half / path.name)  # safetensors makes files for the owner alone
+    half.rename(out)
+    return merges
+
+
+def add_merge(merges, base, trained):
+    """The record of merges with one more. Raises ValueError where this very adapter is in it."""
+    with open(trained / "adapter_model.safetensors", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest in [earlier["sha256"] for earlier in merges]:
+        raise ValueError(f"{base}: {trained} is merged into it already, use it as it is (see merged.json)")
+    trained_on = adapter_config(trained).get("base_model_name_or_path") or base
+    if str(trained_on) != str(base) and Path(trained_on).resolve() != Path(base).resolve():
+        print(f"note: {trained} says it was trained on {trained_on}: {base} must be the same weights", file=sys.stderr)
+    return [*merges, {"adapter": str(trained), "trained_on": trained_on, "sha256": digest}]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Fold a trained adapter into its base.")
+    command = p.add_subparsers(dest="command", required=True).add_parser("merge", help=merge.__doc__.splitlines()[0])
+    command.add_argument("base", metavar="BASE", help="the model the adapter was trained on: folder or hub id")
+    command.add_argument("adapter", metavar="ADAPTER", help="adapter folder; or a whole model trained from BASE")
+    command.add_argument("out", metavar="OUT", help="a new folder, in BASE's layout and dtypes")
+    args = p.parse_args(argv)
+    try:
+        merge(args.base, args.adapter, args.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{args.base} with {args.adapter} is in {args.out}: a model folder like any other")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 One process or many run the same script: under torchrun every process takes its share of the prompts, holds its share of
 the weights (`parallelise`) and numbers are gathered. Without torchrun all this is a no-op.
 """
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -116,6 +117,10 @@ def processes(device=None, timeout=600):
             join(device, timeout)
         yield Processes(rank, world, torch.device(device), timeout)
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise SystemExit(f"error: rank {rank}: out of memory on {device}; what helps: a smaller --rollout_batch; "
+                             "in training --microbatch 1, --checkpoint_activations, a smaller --lora_r, more "
+                             f"processes (--plan tells what fits) ({str(error).splitlines()[0]})") from None
         if "EADDRINUSE" in str(error):
             raise SystemExit(f"error: port {os.environ['MASTER_PORT']} is in use, perhaps by another job: "
                              "give torchrun another --master_port") from None
@@ -141,6 +146,8 @@ def add_parallel_options(p):
                    help="never gather all weights at once, also not to sample: less memory, slower")
     p.add_argument("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass")
     p.add_argument("--compile", action="store_true", help="compile the blocks")
+    p.add_argument("--plan", type=int, nargs="?", const=0, metavar="GPUS", help="only tell memory, cost and time of a "
+                   "step on so many GPUs (default: torchrun's), from config.json alone")
     p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation, trained weights are kept in "
@@ -239,8 +246,12 @@ def one_line_errors():
 
 
 def pick_dtype(name, device):
-    """The dtype of the computation: as named, else bfloat16 on a GPU and float32 elsewhere."""
-    return getattr(torch, name or ("bfloat16" if torch.device(device).type == "cuda" else "float32"))
+    """The dtype of the computation: as named, else bfloat16 on a GPU that has it and float32 elsewhere."""
+    gpu = torch.device(device).type == "cuda"
+    able = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bfloat16" and not able:
+        raise ValueError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} does not have it: use float32")
+    return getattr(torch, name or ("bfloat16" if gpu and able else "float32"))
 
 
 def fill_defaults(args, table, config):
@@ -588,3 +599,134 @@ def progress(items, procs, describe):
             numbers = " ".join(f"{k}={v}" for k, v in shown.items())
             print(f"{describe} {n}/{total} {time.monotonic() - start:.0f}s {numbers}", flush=True)
     bar.close()
+
+
+# ---------------------------------------------------------------- memory and cost, told in advance (--plan)
+
+GIB = 2 ** 30
+SPARE = 5  # GiB of a GPU that CUDA, NCCL and the allocator's gaps take
+RATE = 400e12  # FLOP/s of a GPU: 40% of an H100's 989 in bfloat16, usual in training; a bare matrix product gets 800
+HELPS = {"microbatch": 1, "rollout_batch": 1, "checkpoint_activations": True, "keep_sharded": True, "lora_r": 128}
+PLANNED = {
+    "parameters": "trained ones in float32; a replica's GPUs share these, and the next three",
+    "gradients": "float32", "optimizer": "AdamW: two moments in float32", "reference": "a frozen copy; LoRA needs none",
+    "activations": "kept for the backward pass of a micro-batch", "block": "at work in the backward pass of one block",
+    "logits": "a chunk, its log-softmax, their gradients: float32", "gathered": "what FSDP has whole of both at a time",
+    "update": "peak of an update", "rollout": "peak without gradients", "peak": "the largest; the optimizer's step too"}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """`times` passes over `total` rows, `rows` at a time on a GPU; `kept` of their `length` positions see the head."""
+    total: int
+    rows: int
+    length: int
+    kept: int
+    times: int = 1
+
+
+def planned_parameters(c, args):
+    """Numbers of weights: of a block, of the rest (embedding, last norm, head), of all adapters. c: model.Config."""
+    C, KV, M = c.d_model, c.n_kv_heads * c.head_dim, c.mlp_hidden_size
+    ends = {"q_proj": 2 * C, "k_proj": C + KV, "v_proj": C + KV, "attn_out": 2 * C,
+            "ff_proj": C + M, "up_proj": C + M, "ff_out": C + M}  # in + out of each matrix
+    if unknown := set(args.lora_targets) - ends.keys():
+        raise ValueError(f"--lora_targets {' '.join(sorted(unknown))}: choose from {' '.join(ends)}")
+    return (2 * C * C + 2 * C * KV + 3 * C * M + 2 * C, (2 - c.weight_tying) * c.embedding_size * C + C,
+            args.lora_r * c.n_layers * sum(ends[target] for target in args.lora_targets))
+
+
+def planned_memory(c, args, gpus, chunk, passes):
+    """{what: bytes} on each GPU in a step, by the names of PLANNED. passes: {"update": Passes, "rollout": Passes}.
+
+    chunk: logits that exist at a time where tokens are scored. Left out: what is small beside blocks, such as ids,
+    rotary tables and the adapters' products.
+    """
+    e, full, train = 4 if args.dtype == "float32" else 2, not args.lora_r, passes["update"]
+    C, KV, M, V = c.d_model, c.n_kv_heads * c.head_dim, c.mlp_hidden_size, c.embedding_size
+    block, rest, adapters = planned_parameters(c, args)
+    count, shards, copied = c.n_layers * block + rest, gpus // args.replicas, full and bool(getattr(args, "beta", 0))
+    trained = 4 * (count if full else adapters) / shards  # kept in float32
+    found = {"parameters": trained if full else trained + e * count / shards, "gradients": trained,
+             "optimizer": 2 * trained, "reference": copied * e * count / shards}
+    tokens = train.rows * train.length
+    layer = tokens * (8 * C  # for the backward pass of a block: what enters its norms, in float32
+                      + e * (2 * C if full else 0)  # what they give before the weight, to train it
+                      + e * 2 * C  # what the matrices read: q, k, v; ff_proj, up_proj
+                      + e * (2 * C + 2 * KV)  # q, k, v and what attention gives
+                      + e * (4 * M if full else 3 * M))  # gate, silu(gate), up; their product, to train ff_out
+    found["activations"] = c.n_layers * (tokens * e * C if args.checkpoint_activations else layer)
+    found["block"] = tokens * e * 3 * M + (layer if args.checkpoint_activations else 0)
+    found["logits"] = 12 * min(chunk, train.rows * train.kept * V)
+    sharded = gpus > 1 or full and e < 4
+    some = sharded * e * (2 * block + rest)  # FSDP has two blocks and the rest whole
+    found["gathered"] = some + sharded * full * (e * (block + rest) + 4 * block)  # and gradients, a block's in float32
+    held = found["parameters"] + found["optimizer"] + found["reference"]
+    # gradients grow as activations shrink: both are there at once only from the second micro-batch on
+    both = sum if train.total // gpus > train.rows else max
+    found["update"] = (held + both((found["gradients"], found["activations"]))
+                       + max(found["block"], found["logits"]) + found["gathered"])
+    sample = passes.get("rollout", Passes(0, train.rows, train.length, 0))  # or the held-out loss
+    canvas = max(sample.rows * sample.length * e * (5 * C + 2 * KV + (3 if full else 4) * M),  # a block at its widest
+                 sample.rows * sample.kept * V * (e + 24))  # logits of a window; their float64 copy, noise, the sum
+    whole = some if args.keep_sharded else sharded * e * (count + adapters)
+    found["rollout"] = held + whole + max(canvas, some * copied)
+    found["peak"] = max(found["update"], found["rollout"], held + 2 * found["gradients"])  # the last: AdamW at work
+    return found
+
+
+def planned_flops(c, args, passes, train=False):
+    """Floating-point operations of the passes over all GPUs, a multiplication and an addition being two.
+
+    A weight that a token meets costs 2 forward, 2 backward for the gradient of its input, 2 more if it is trained.
+    """
+    block, _, adapters = planned_parameters(c, args)
+    base, full = c.n_layers * (block - 2 * c.d_model), not args.lora_r
+    forward = 1 + (train and args.checkpoint_activations)
+    weights = base * (forward + train + train * full) + adapters * (forward + 2 * train)
+    attention = 2 * passes.length * c.d_model * c.n_layers * (forward + 2 * train)  # q k, and its product with v
+    head = c.d_model * c.embedding_size * (1 + train * (2 + full))  # scored once more in the backward pass
+    return 2 * passes.total * passes.times * (passes.length * (weights + attention) + passes.kept * head)
+
+
+def print_plan(c, args, chunk, passes_of):
+    """What --plan prints: memory on each GPU, what helps where it does not fit, cost and time of a step.
+
+    passes_of(c, args, gpus) -> {phase: Passes}, of which "update" has a backward pass. Returns planned_memory's bytes.
+    """
+    gpus = args.plan or int(os.environ.get("WORLD_SIZE", 1))
+    if gpus < 1:
+        raise ValueError(f"--plan {gpus}: name a number of GPUs, e.g. --plan 8")
+    procs = Processes(int(os.environ.get("RANK", 0)), gpus, torch.device("cpu"))
+    procs.check_replicas(args.replicas)
+    size = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79  # of 80 GB
+
+    def memory(gpus=gpus, **changes):
+        other = argparse.Namespace(**{**vars(args), **changes})
+        return planned_memory(c, other, gpus, chunk, passes_of(c, other, gpus))
+    found, (block, rest, adapters) = memory(), planned_parameters(c, args)
+    trained = f"{adapters:,} of LoRA r {args.lora_r}" if args.lora_r else "all"
+    procs.print(f"{c.n_layers * block + rest:,} parameters, trained: {trained}; GiB on a GPU of {gpus}:")
+    for name, words in PLANNED.items():
+        procs.print(f"{name:>12} {found[name] / GIB:9.2f}  {words}")
+    fits = found["peak"] / GIB < size - SPARE
+    procs.print(f"{'fits' if fits else 'DOES NOT FIT'} in {size:.0f} GiB with {SPARE} left to CUDA, NCCL and gaps")
+    if not fits:
+        tries = {f"--{name} {'' if value is True else value}": memory(**{name: value})
+                 for name, value in HELPS.items() if getattr(args, name, value) != value}
+        for more in (2 * gpus, 4 * gpus, 8 * gpus):
+            with contextlib.suppress(ValueError):  # the batch does not divide by them
+                tries[f"{more} GPUs"] = memory(more)
+        for words, other in tries.items():
+            if other["peak"] < found["peak"]:
+                procs.print(f"  {words:<25} {other['peak'] / GIB:7.2f}"
+                            + ", fits" * (other["peak"] / GIB < size - SPARE))
+    passes = passes_of(c, args, gpus)
+    costs = {name: planned_flops(c, args, one, name == "update") for name, one in passes.items()}
+    for name, cost in {**costs, "step": sum(costs.values())}.items():
+        words = f"if a GPU does {RATE / 1e12:.0f} TFLOP/s and communication hides behind it: an estimate"
+        if name in passes:
+            one = passes[name]
+            words = f"{one.times} passes over {one.total} rows of {one.length} tokens, {one.rows} at a time on a GPU"
+        procs.print(f"{name:>12} {cost / 1e15:9.2f} PFLOP {cost / gpus / RATE:7.1f} s  {words}")
+    return found

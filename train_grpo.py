@@ -14,7 +14,7 @@ import contextlib
 import functools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,9 +22,11 @@ import torch
 from d1 import completion_mask, diffu_grpo_loss, draw_indices, generator, group_advantages, one_step_logps
 from data import TASKS
 from data.tokenizer import Tokenizer
-from model import Config, LLaDA, adapters_off, add_lora, find_checkpoint, init_lora, load_weights, save_weights
-from parallel import (Run, Signals, add_parallel_options, clip_gradients, fill, fill_defaults, gathered,
-                      one_line_errors, parallelise, pick_dtype, processes, progress, refuse_not_finite)
+from model import (HEAD_CHUNK, Config, LLaDA, adapters_off, add_lora, find_checkpoint, init_lora, load_weights,
+                   save_weights)
+from parallel import (Passes, Processes, Run, Signals, add_parallel_options, clip_gradients, fill, fill_defaults,
+                      gathered, one_line_errors, parallelise, pick_dtype, print_plan, processes, progress,
+                      refuse_not_finite)
 from sample import SAMPLING, add_sampling_options, check_schedule, complete, encode_prompts, evaluate, pad_left
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -34,6 +36,8 @@ DEFAULTS = {
 }
 # task: the paper's (updates, num_iterations)
 UPDATES = {"gsm8k": (7700, 12), "math500": (6600, 12), "countdown": (5000, 8), "sudoku": (3800, 8)}
+
+PLANNED_PROMPT = 200  # tokens of a prompt in --plan: where the authors cut theirs
 
 # what a resumed run may not change: it decides what was learnt so far, or which draws come next
 FIXED = ("task", "data", "model", "seed", "prompts_per_step", "lora_r", "lora_targets", "dtype")
@@ -285,7 +289,23 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
     return row, samples
 
 
+def passes_of(c, args, gpus):
+    """What a step does, for --plan, with prompts of PLANNED_PROMPT tokens."""
+    mine = Processes(0, gpus, torch.device("cpu")).share(args.prompts_per_step, "--prompts_per_step")
+    length, N, K = PLANNED_PROMPT + args.gen_length, args.prompts_per_step, args.masks_per_prompt
+    mu = args.num_iterations
+    scored = Passes(N * K, min(args.microbatch, len(mine)) * K, length, args.gen_length, mu)
+    return {"rollout": Passes(N * args.group_size, args.rollout_batch, length, args.block_length, args.diffusion_steps),
+            "logps": replace(scored, times=mu * (2 if args.beta else 1)), "update": scored}
+
+
 def main(args):
+    if args.plan is not None:
+        with one_line_errors():
+            config = Config.from_folder(find_checkpoint(args.model, ("config.json",)))
+            fill_defaults(args, DEFAULTS, config)
+            check_options(args, config)
+            return print_plan(config, args, HEAD_CHUNK, passes_of)
     with processes(args.device, args.timeout) as procs, Signals(procs, args.keep_sharded) as signals:
         with one_line_errors():
             folder = find_checkpoint(args.model)

@@ -16,9 +16,11 @@ from d1 import draw_indices, forward_process, generator, sft_loss_of
 from data import DEMONSTRATIONS
 from data.files import read_rows
 from data.tokenizer import Tokenizer
-from model import Config, LLaDA, add_lora, find_checkpoint, init_lora, load_weights, read_weights, save_weights
-from parallel import (Run, Signals, add_parallel_options, clip_gradients, fill, fill_defaults, gathered,
-                      one_line_errors, parallelise, pick_dtype, processes, progress, refuse_not_finite)
+from model import (HEAD_CHUNK, Config, LLaDA, add_lora, find_checkpoint, init_lora, load_weights, read_weights,
+                   save_weights)
+from parallel import (Passes, Processes, Run, Signals, add_parallel_options, clip_gradients, fill, fill_defaults,
+                      gathered, one_line_errors, parallelise, pick_dtype, print_plan, processes, progress,
+                      refuse_not_finite)
 
 MIN_T = 1e-3  # t = (1 - 1e-3) u + 1e-3, LLaDA's floor, bounds the weight 1 / t
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -212,7 +214,19 @@ def build_model(args, folder, procs, dtype):
     return init_lora(model, generator(args.seed, "lora"), fill)
 
 
+def passes_of(c, args, gpus):
+    """What a step does, for --plan: rows as long as they may be, half of their tokens masked, as on average."""
+    mine = Processes(0, gpus, torch.device("cpu")).share(args.batch_size, "--batch_size")
+    length = min(args.max_length, c.max_sequence_length)
+    return {"update": Passes(args.batch_size, min(args.microbatch, len(mine)), length, length // 2)}
+
+
 def main(args):
+    if args.plan is not None:
+        with one_line_errors():
+            config = Config.from_folder(find_checkpoint(args.model, ("config.json",)))
+            fill_defaults(args, DEFAULTS, config)
+            return print_plan(config, args, HEAD_CHUNK, passes_of)
     with processes(args.device, args.timeout) as procs, Signals(procs, args.keep_sharded) as signals:
         with one_line_errors():
             folder = find_checkpoint(args.model)

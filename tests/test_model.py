@@ -1,25 +1,26 @@
 """model.py against the reference tensors (golden/README.md), and every fault of a checkpoint folder in one line."""
 import json
+import math
+import os
 import shutil
+import stat
 import weakref
 
 import pytest
 import torch
-from conftest import golden, reference, tensors, worst
+from conftest import ROOT, golden, reference, tensors, worst
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_file
-from model import (LORA_TARGETS, SUPPORTED, Config, LLaDA, RMSNorm, adapters_off, add_lora, load_lora, merge_lora,
-                   rope_tables, save_lora)
+from model import (LORA_TARGETS, SUPPORTED, Config, LLaDA, RMSNorm, adapters_off, add_lora, load_lora, load_weights,
+                   merge, merge_lora, rope_tables, save_lora)
 
 MODELS = ("llada_mha", "llada_gqa")
 MASK_ID, EOS_ID = 500, 481
 RAW = json.loads(golden("llada_mha/config.json").read_text())
-LLADA_8B = RAW | {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
-                  "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096, "mask_token_id": 126336,
-                  "eos_token_id": 126081, "pad_token_id": 126081}
+LLADA_8B = json.loads((ROOT / "tests" / "llada_8b" / "config.json").read_text())  # the published values
 
 
 def g(seed=0):
@@ -145,15 +146,51 @@ def test_init_weights_is_private_and_repeatable():
     assert (a["ln_f.weight"] == 1).all()
 
 
+def published_shapes(d=4096, mlp=12288, vocab=126464, layers=32):
+    """{name: shape} of LLaDA-8B's index, written out from the published table."""
+    block = {"attn_norm": (d,), "q_proj": (d, d), "k_proj": (d, d), "v_proj": (d, d), "attn_out": (d, d),
+             "ff_norm": (d,), "ff_proj": (mlp, d), "up_proj": (mlp, d), "ff_out": (d, mlp)}
+    return {"model.transformer.wte.weight": (vocab, d), "model.transformer.ln_f.weight": (d,),
+            "model.transformer.ff_out.weight": (vocab, d),
+            **{f"model.transformer.blocks.{i}.{k}.weight": v for i in range(layers) for k, v in block.items()}}
+
+
 def test_llada_8b_on_the_meta_device():
     with torch.device("meta"):
         net = LLaDA(Config.from_dict(LLADA_8B))
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    assert len(shapes) == 291 and sum(p.numel() for p in net.parameters()) == 8_015_581_184
+    assert shapes == published_shapes() and len(shapes) == 291
+    assert sum(p.numel() for p in net.parameters()) == 8_015_581_184
     assert net.state_dict().keys() == shapes.keys()  # no buffers
-    assert shapes["model.transformer.ff_out.weight"] == shapes["model.transformer.wte.weight"] == (126464, 4096)
-    assert shapes["model.transformer.blocks.31.ff_proj.weight"] == (12288, 4096)
-    assert shapes["model.transformer.blocks.31.ff_out.weight"] == (4096, 12288)
+    assert sum(p.numel() * 2 for p in net.parameters()) == 16_031_162_368  # the index's total_size, bfloat16
+
+
+@torch.no_grad()
+def test_a_checkpoint_with_the_width_and_layout_of_8b(tmp_path):
+    """Real config but for 2 layers and 512 tokens; six shards, a block's tensors in several of them, as published."""
+    raw = LLADA_8B | {"n_layers": 2, "vocab_size": 512, "embedding_size": 512, "mask_token_id": 500,
+                      "eos_token_id": 481, "pad_token_id": 481}
+    shapes, weight_map, total = published_shapes(vocab=512, layers=2), {}, 0
+    ramp = torch.linspace(-0.02, 0.02, 12288 * 4096).bfloat16()
+    for shard in range(6):
+        names = list(shapes)[shard::6]
+        data = {name: ramp[:math.prod(shapes[name])].view(shapes[name]).clone() for name in names}
+        for n, name in enumerate(names):  # told apart by their first element
+            data[name].view(-1)[0] = shard + n / 8
+        file = f"model-{shard + 1:05d}-of-00006.safetensors"
+        save_file(data, tmp_path / file)
+        weight_map |= dict.fromkeys(names, file)
+        total += sum(2 * t.numel() for t in data.values())
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    net = LLaDA.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for shard in range(6):
+        for n, name in enumerate(list(shapes)[shard::6]):
+            p = net.get_parameter(name)
+            assert p.shape == shapes[name] and p.dtype == torch.bfloat16
+            assert p.view(-1)[0] == shard + n / 8 and torch.equal(p.view(-1)[1:], ramp[1:p.numel()]), name
+    assert net(torch.tensor([[1, 500, 2]])).isfinite().all()
+    shutil.rmtree(tmp_path)  # 0.9 GB
 
 
 # ---------------------------------------------------------------- config.json
@@ -579,3 +616,105 @@ def test_peft_itself_reads_the_adapter(targets, fresh, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")  # and back: what PEFT writes, we read
     back = load_lora(LLaDA.from_pretrained(golden("llada_mha"), dtype=torch.float64), tmp_path / "theirs")
     assert worst(back(IDS), on) < 1e-10
+
+
+# ---------------------------------------------------------------- python model.py merge BASE ADAPTER OUT
+
+def base_and_adapter(tmp_path, seed=0, name="llada_mha"):
+    """A sharded base with files of a standard loader beside it, an adapter of it, and the adapted logits, float32."""
+    base, adapter = tmp_path / "base", tmp_path / f"adapter{seed}"
+    if not base.exists():
+        reference(name).save_pretrained(base, max_shard_bytes=150_000)
+        for file in ("tokenizer.json", "tokenizer_config.json", "modeling_llada.py"):
+            (base / file).write_text(f"{file} of the base")
+        (base / "optimizer.safetensors").write_text("no part of the model")
+    net = adapted(LLaDA.from_pretrained(base), ["q_proj", "up_proj", "ff_out"], seed=seed)
+    save_lora(net, adapter, base=base)
+    with torch.no_grad():
+        return base, adapter, net(IDS)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
+
+
+def test_merge_on_the_command_line(tmp_path, capsys):
+    base, adapter, logits = base_and_adapter(tmp_path)
+    umask = os.umask(0o027)
+    try:
+        model_file.main(["merge", str(base), str(adapter), str(tmp_path / "out")])
+    finally:
+        os.umask(umask)
+    out, shards = tmp_path / "out", sorted(base.glob("model-*.safetensors"))
+    merged = LLaDA.from_pretrained(out)
+    with torch.no_grad():
+        assert worst(merged(IDS), logits) < 1e-4 and worst(merged(IDS), reference("llada_mha")(IDS)) > 0.1
+    record = json.loads((out / "merged.json").read_text())
+    assert [row["adapter"] for row in record] == [str(adapter)]
+    # the layout is the base's: config, index and tokenizer to the byte, each tensor in its shard, untouched ones equal
+    assert files(out).items() >= files(base).items() and files(out).keys() - files(base).keys() == {"merged.json"}
+    assert [p.name for p in shards] == sorted(p.name for p in out.glob("*.safetensors"))
+    for path in shards:
+        old, new = load_file(path), load_file(out / path.name)
+        assert {k: (v.shape, v.dtype) for k, v in old.items()} == {k: (v.shape, v.dtype) for k, v in new.items()}
+        for key in old:
+            touched = any(f".{target}." in key and ".blocks." in key for target in ("q_proj", "up_proj", "ff_out"))
+            assert torch.equal(old[key], new[key]) != touched, key
+        assert stat.S_IMODE((out / path.name).stat().st_mode) == 0o640
+    assert capsys.readouterr().err.count("note:") == 0
+
+
+def test_merging_twice_is_refused_and_another_adapter_is_not(tmp_path, capsys):
+    base, adapter, _ = base_and_adapter(tmp_path)
+    merge(base, adapter, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"^[^\n]*out: [^\n]*adapter0 is merged into it already[^\n]*$"):
+        merge(tmp_path / "out", adapter, tmp_path / "twice")
+    with pytest.raises(ValueError, match=r"out: exists already, name a new folder$"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "twice").exists() and not list(tmp_path.glob("*.tmp"))
+    assert "note:" not in capsys.readouterr().err
+    _, second, _ = base_and_adapter(tmp_path, seed=1)
+    merge(tmp_path / "out", second, tmp_path / "both")
+    assert len(json.loads((tmp_path / "both" / "merged.json").read_text())) == 2
+    assert f"note: {second} says it was trained on {base}" in capsys.readouterr().err
+
+
+def test_a_whole_model_takes_the_files_and_dtypes_of_its_base(tmp_path):
+    """After training all weights, kept in float32 and in one file: out come bfloat16 and the base's shards."""
+    base, trained = copy_checkpoint(tmp_path / "base"), LLaDA.from_pretrained(golden("llada_mha"))
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.add_(1e-3)
+    trained.save_pretrained(tmp_path / "trained")
+    assert merge(base, tmp_path / "trained", tmp_path / "out") == []
+    for path in base.glob("model-*.safetensors"):
+        stored = load_file(tmp_path / "out" / path.name)
+        assert stored.keys() == load_file(path).keys()
+        assert all(torch.equal(t, trained.get_parameter(k).bfloat16()) for k, t in stored.items())
+
+
+def test_fault_20_merge_with_an_adapter_of_another_base(tmp_path):
+    base, adapter, _ = base_and_adapter(tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*adapter0: [^\n]*an adapter of another base\?$"):
+        reference("llada_gqa").save_pretrained(tmp_path / "gqa")
+        save_lora(adapted(LLaDA.from_pretrained(base), ["k_proj"]), adapter)
+        model_file.main(["merge", str(tmp_path / "gqa"), str(adapter), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    base, adapter, _ = base_and_adapter(tmp_path)
+    words = rf"^--model {adapter}: an adapter of {base}, not a model: [^\n]*merge {base} {adapter} OUT[^\n]*$"
+    with pytest.raises(ValueError, match=words):
+        LLaDA.from_pretrained(adapter)
+
+
+def test_fault_19_resuming_with_another_rank_or_scale(tmp_path):
+    _, adapter, _ = base_and_adapter(tmp_path)
+    for r, alpha in ((2, 6), (4, 12)):
+        net = add_lora(LLaDA.from_pretrained(golden("llada_mha")), r, alpha, ["q_proj", "up_proj", "ff_out"], g())
+        with pytest.raises(ValueError, match=rf"needs --lora_r 4 --lora_alpha 6, the options say {r} and {alpha}$"):
+            load_weights(net, adapter)
+    other = add_lora(LLaDA.from_pretrained(golden("llada_mha")), 4, 6, ["q_proj"], g())
+    with pytest.raises(ValueError, match="unexpected tensor .*ff_out"):
+        load_weights(other, adapter)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import model as model_file
 import parallel
 import train_grpo
 import train_sft
@@ -114,6 +115,26 @@ def test_kl_is_zero_before_the_first_update(tmp_path, more):
     first, second = metrics(tmp_path / "run")
     assert first["kl"] == 0 and first["clip_fraction"] == 0
     assert second["kl"] > 0  # the reference stayed where the policy started
+
+
+def test_sft_then_merge_then_rl(tmp_path, capsys):
+    """The two stages with adapters: RL starts at, and is held to, the merged model; the adapter itself is refused."""
+    sft(tmp_path / "sft", "--task", "countdown", "--lora_r", 4, "--lr", "2e-3", "--warmup", 0, "--steps", 2)
+    adapter, merged = tmp_path / "sft" / "step_000002", tmp_path / "merged"
+    with pytest.raises(SystemExit, match=rf"^error: --model {adapter}: an adapter of data/tiny, not a model: [^\n]*$"):
+        grpo(tmp_path / "rl", "--model", adapter)
+    done = subprocess.run(list(map(str, [sys.executable, "model.py", "merge", "data/tiny", adapter, merged])))
+    assert done.returncode == 0
+    ids, plain = torch.arange(20)[None], LLaDA.from_pretrained("data/tiny")
+    with torch.no_grad():
+        before, after, tuned = plain(ids), LLaDA.from_pretrained(merged)(ids), load_lora(plain, adapter)(ids)
+    assert (before - tuned).abs().max() > 0.1 and (after - tuned).abs().max() < 1e-4
+    grpo(tmp_path / "rl", "--model", merged, "--lora_r", 4, "--lr", "1e-3", "--num_iterations", 1, "--eval_count", 0)
+    first, second = metrics(tmp_path / "rl")
+    assert first["kl"] == 0 and second["kl"] > 0
+    model_file.main(["merge", str(merged), str(tmp_path / "rl" / "step_000002"), str(tmp_path / "final")])
+    assert "note" not in capsys.readouterr().err
+    Tokenizer.from_folder(tmp_path / "final", LLaDA.from_pretrained(tmp_path / "final").config)
 
 
 def test_beta_zero_has_no_reference_and_no_kl(tmp_path, monkeypatch):
