@@ -31,10 +31,10 @@ from sample import SAMPLING, add_sampling_options, check_schedule, complete, enc
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
 DEFAULTS = {
-    **SAMPLING, "prompts_per_step": (16, 16), "group_size": (6, 6), "lr": (3e-6, 5e-5), "lora_r": (128, 0),
-    "microbatch": (1, 16), "eval_every": (50, 10), "eval_count": (256, 256),
+    **SAMPLING, "steps": (625, 20), "prompts_per_step": (16, 16), "group_size": (6, 6), "num_iterations": (8, 4),
+    "lr": (3e-6, 5e-5), "lora_r": (128, 0), "microbatch": (1, 16), "eval_every": (50, 10), "eval_count": (256, 256),
 }
-# task: the paper's (updates, num_iterations)
+# task: the paper's (updates, num_iterations), from which `default_options` has steps
 UPDATES = {"gsm8k": (7700, 12), "math500": (6600, 12), "countdown": (5000, 8), "sudoku": (3800, 8)}
 
 PLANNED_PROMPT = 200  # tokens of a prompt in --plan: where the authors cut theirs
@@ -303,7 +303,7 @@ def main(args):
     if args.plan is not None:
         with one_line_errors():
             config = Config.from_folder(find_checkpoint(args.model, ("config.json",)))
-            fill_defaults(args, DEFAULTS, config)
+            fill_defaults(args, default_options(args.task), config)
             check_options(args, config)
             return print_plan(config, args, HEAD_CHUNK, passes_of)
     with processes(args.device, args.timeout) as procs, Signals(procs, args.keep_sharded) as signals:
