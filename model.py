@@ -656,13 +656,16 @@ def add_merge(merges, base, trained):
     return [*merges, {"adapter": str(trained), "trained_on": trained_on, "sha256": digest}]
 
 
-def main(argv=None):
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Fold a trained adapter into its base.")
     command = p.add_subparsers(dest="command", required=True).add_parser("merge", help=merge.__doc__.splitlines()[0])
     command.add_argument("base", metavar="BASE", help="the model the adapter was trained on: folder or hub id")
     command.add_argument("adapter", metavar="ADAPTER", help="adapter folder; or a whole model trained from BASE")
     command.add_argument("out", metavar="OUT", help="a new folder, in BASE's layout and dtypes")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(args):
     try:
         merge(args.base, args.adapter, args.out)
     except (ValueError, OSError) as error:
@@ -671,4 +674,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

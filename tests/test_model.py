@@ -642,7 +642,7 @@ def test_merge_on_the_command_line(tmp_path, capsys):
     base, adapter, logits = base_and_adapter(tmp_path)
     umask = os.umask(0o027)
     try:
-        model_file.main(["merge", str(base), str(adapter), str(tmp_path / "out")])
+        model_file.main(model_file.parse_args(["merge", str(base), str(adapter), str(tmp_path / "out")]))
     finally:
         os.umask(umask)
     out, shards = tmp_path / "out", sorted(base.glob("model-*.safetensors"))
@@ -698,7 +698,7 @@ def test_fault_20_merge_with_an_adapter_of_another_base(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: [^\n]*adapter0: [^\n]*an adapter of another base\?$"):
         reference("llada_gqa").save_pretrained(tmp_path / "gqa")
         save_lora(adapted(LLaDA.from_pretrained(base), ["k_proj"]), adapter)
-        model_file.main(["merge", str(tmp_path / "gqa"), str(adapter), str(tmp_path / "out")])
+        model_file.main(model_file.parse_args(["merge", str(tmp_path / "gqa"), str(adapter), str(tmp_path / "out")]))
     assert not (tmp_path / "out").exists()
 
 

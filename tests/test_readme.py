@@ -5,13 +5,14 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import model
 import plot
 import sample
 import train_grpo
 import train_sft
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"plot.py": plot, "sample.py": sample, "train_sft.py": train_sft, "train_grpo.py": train_grpo}
+SCRIPTS = {f"{script.__name__}.py": script for script in (model, plot, sample, train_sft, train_grpo)}
 LINKS = re.findall(r"\[([^\]]+)\]\((?!https?:)([^)#]+)(?:#L(\d+))?\)", README)
 COMMANDS = re.findall(r"(?:python|torchrun(?: --\w+ \S+)*) +(\w+\.py)(.*)", README.replace("\\\n", ""))
 

@@ -132,7 +132,8 @@ def test_sft_then_merge_then_rl(tmp_path, capsys):
     grpo(tmp_path / "rl", "--model", merged, "--lora_r", 4, "--lr", "1e-3", "--num_iterations", 1, "--eval_count", 0)
     first, second = metrics(tmp_path / "rl")
     assert first["kl"] == 0 and second["kl"] > 0
-    model_file.main(["merge", str(merged), str(tmp_path / "rl" / "step_000002"), str(tmp_path / "final")])
+    words = ["merge", merged, tmp_path / "rl" / "step_000002", tmp_path / "final"]
+    model_file.main(model_file.parse_args(list(map(str, words))))
     assert "note" not in capsys.readouterr().err
     Tokenizer.from_folder(tmp_path / "final", LLaDA.from_pretrained(tmp_path / "final").config)
 
