@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -281,9 +282,9 @@ def free_folder(path):
 class Run:
     """A run's folder: config.json, metrics.jsonl, samples.jsonl, step_000120/, summary.json. One process writes.
 
-    A checkpoint is a model folder (weights or adapter, tokenizer) with optimizer.safetensors, state.json and, written
-    last, complete.json with the size and SHA-256 of every file: what lacks it or disagrees with it is never resumed.
-    Files hold full tensors, whatever the number of processes: saved on n, a run resumes on m.
+    A checkpoint is a model folder (weights or adapter, tokenizer) with optimizer.safetensors, state.json, run.json and,
+    written last, complete.json with the size and SHA-256 of every file: what lacks it or disagrees with it is never
+    resumed. Files hold full tensors, whatever the number of processes: saved on n, a run resumes on m.
     """
 
     def __init__(self, out, options, procs, resume=False, fixed=()):
@@ -314,14 +315,18 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.out / ".lock")
             newest = self.newest_checkpoint()
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            write_json(self.out / "config.json",
-                       {"options": self.options, "versions": versions, "processes": self.procs.world})
+            write_json(self.out / "config.json", self.settings())
         found = self.procs.gather([newest and newest.name])[0]  # one process looks, all go on from the same
         self.checkpoint = self.out / found if found else None
         if found and not self.checkpoint.exists():
             raise ValueError(f"rank {self.procs.rank} does not see {self.checkpoint}: --out must be on a shared disk")
         return self
+
+    def settings(self):
+        """Resolved options, library versions and the number of processes: the run's config.json."""
+        versions = {name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}
+        return {"options": self.options, "versions": {"python": sys.version.split()[0], **versions},
+                "processes": self.procs.world}
 
     def compare(self, before, now, fixed):
         """Refuse a change of a fixed option, list every other."""
@@ -405,6 +410,7 @@ class Run:
         for write in self.files:
             write(half)
         write_json(half / "state.json", self.state)
+        write_json(half / "run.json", self.settings())  # config.json is the model's
         umask = os.umask(0)
         os.umask(umask)
         for path in half.iterdir():  # safetensors makes files for the owner alone

@@ -52,7 +52,9 @@ def test_the_newest_whole_checkpoint_is_found_and_two_are_kept(run):
     assert [folder.exists() for folder in folders] == [False, True, True]
     assert resumed(run).checkpoint == folders[2]
     assert {p.name for p in folders[2].iterdir()} == {"tokenizer.json", "optimizer.safetensors", "state.json",
-                                                      "complete.json"}
+                                                      "run.json", "complete.json"}
+    options = json.loads((folders[2] / "run.json").read_text())
+    assert options["options"] == OPTIONS and options["versions"]["torch"] == torch.__version__
 
 
 def test_files_are_as_readable_as_the_umask_says(run):

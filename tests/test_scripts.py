@@ -149,7 +149,7 @@ def test_lora_trains_the_adapter_alone(tmp_path):
     grpo(out, "--lora_r", 4, "--lr", "1e-3", "--eval_count", 0, "--steps", 1)
     folder = out / "step_000001"
     files = "adapter_model.safetensors adapter_config.json tokenizer.json optimizer.safetensors state.json"
-    assert {p.name for p in folder.iterdir()} == {*files.split(), "complete.json"}
+    assert {p.name for p in folder.iterdir()} == {*files.split(), "run.json", "complete.json"}
     plain, adapted = LLaDA.from_pretrained("data/tiny"), load_lora(LLaDA.from_pretrained("data/tiny"), folder)
     ids = torch.arange(20)[None]
     assert not torch.equal(plain(ids), adapted(ids))
