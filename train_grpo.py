@@ -210,7 +210,8 @@ def held_out_metrics(model, tokenizer, task, examples, args, procs, signals, wor
         sampling = {option: getattr(args, option) for option in SAMPLING}
         with gathered(model, args.keep_sharded):
             metrics, _ = evaluate(model, tokenizer, task, examples, procs, args.seed, f"{words}, {name}",
-                                  temperature=temperature, droppable=signals.droppable, **sampling)
+                                  temperature=temperature, droppable=signals.droppable,
+                                  fill_canvas=args.keep_sharded, **sampling)
         found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
     if found:
         procs.print(f"{words}: accuracy {found['sampled_accuracy']:.1%} at temperature {args.temperature}, "
@@ -242,7 +243,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
     repeated = [example for example in batch for _ in range(G)]
     sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature")}
     with gathered(model, args.keep_sharded), signals.droppable() as check:
-        done = complete(model, tokenizer, [e["ids"] for e in repeated], on_step=check,
+        done = complete(model, tokenizer, [e["ids"] for e in repeated], on_step=check, fill_canvas=args.keep_sharded,
                         keys=[(args.seed, "rollout", step, i, g) for i in mine for g in range(G)], **sampling)
     completions = done.ids.view(len(batch), G, -1)  # (N, G, L)
     mask = completion_mask(completions, tokenizer.eos_id)  # (N, G, L)

@@ -202,7 +202,7 @@ def equal_work_where_weights_stay_sharded(procs):
     model = build(train_sft, parse(train_sft, *SFT), procs)
     with gathered(model, keep_sharded=True):
         found, rows = evaluate(model, tokenizer, task, examples, procs, 0, rollout_batch=1, gen_length=8,
-                               diffusion_steps=4, block_length=8, temperature=0.7)
+                               diffusion_steps=4, block_length=4, temperature=0.7, fill_canvas=True)
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(procs.world == 1 or hasattr(p, "full_tensor") for p in model.parameters())  # sharded again
     return {name: torch.tensor(value) for name, value in found.items()}
