@@ -87,9 +87,9 @@ def a_rollout(model, procs, args, G=3, P=7, L=9):
                                  advantages[mine], int(mask.sum()))
     every = slice(0, len(mine))
     with torch.no_grad(), gathered(model):
-        now = train_grpo.log_probs(model, rollout, 0, every, TOKENIZER.mask_id)
+        now = train_grpo.log_probs(model, rollout, every, slice(None), TOKENIZER.mask_id)  # (N, 1, K, G, L)
     noise = torch.randn(2, N, *now.shape[1:], generator=generator("drift"))[:, mine]
-    rollout.old, rollout.ref = [now + 0.4 * noise[0]], [now + 0.4 * noise[1]]
+    rollout.old, rollout.ref = now + 0.4 * noise
     return rollout
 
 
