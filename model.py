@@ -173,6 +173,15 @@ def apply_rope(x, cos, sin):
     return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
+def at(x, keep):
+    """x (B, T, C) at the positions `keep`: all if None, a slice or int64 (B, k) -> (B, k, C), bool (B, T) -> (M, C)."""
+    if keep is None:
+        return x
+    if isinstance(keep, slice):
+        return x[:, keep]
+    return x[keep] if keep.dtype == torch.bool else x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+
+
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU; the names are the checkpoint's: ff_proj is the gate, ff_out the way down."""
 
@@ -190,15 +199,18 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(c.d_model, c.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(c.mlp_hidden_size, c.d_model, bias=False)
 
-    def forward(self, x, cos, sin, attn_mask=None):
-        B, T, C = x.shape
+    def forward(self, x, cos, sin, attn_mask=None, keep=None):
+        """x (B, T, C) -> (B, k, C). Keys and values come from everywhere, all else only where the output is kept."""
         h = self.attn_norm(x)
-        q, k, v = (p(h).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (B, H, T, D), (B, KV, T, D)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)  # (B, H, T, D)
-        x = x + self.attn_out(a.transpose(1, 2).reshape(B, T, C))
+        x, hq, keep = at(x, keep), at(h, keep), slice(None) if keep is None else keep  # (B, k, C)
+        q, k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for p, h in ((self.q_proj, hq), (self.k_proj, h), (self.v_proj, h)))
+        q = apply_rope(q, cos[keep].unsqueeze(-3), sin[keep].unsqueeze(-3))  # (B, H, k, D)
+        k = apply_rope(k, cos, sin)  # (B, KV, T, D)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)  # (B, H, k, D)
+        x = x + self.attn_out(a.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))  # (B, T, C)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))  # (B, k, C)
 
 
 class LLaDA(nn.Module):
@@ -221,7 +233,7 @@ class LLaDA(nn.Module):
         return self.model["transformer"]["blocks"]
 
     def forward(self, ids, attn_mask=None, keep=None, targets=None):
-        """Logits for every position, or only for those in `keep`, which are chosen before the head.
+        """Logits for every position, or only for those in `keep`, which are chosen in the last block, before the head.
 
         ids (B, T) int64; attn_mask (B, T) bool, False at padding, whose keys no query sees; keep: a slice of positions
         -> (B, k, V), an int64 tensor (B, k) -> (B, k, V), or a bool tensor (B, T) -> (number of True, V).
@@ -235,14 +247,13 @@ class LLaDA(nn.Module):
         cos, sin = rope_tables(length, self.config.head_dim, self.config.rope_theta, ids.device)
         if attn_mask is not None:
             attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): every query sees the same keys
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, cos, sin, attn_mask)
-        if isinstance(keep, slice):
-            x = x[:, keep]  # (B, k, C)
-        elif keep is not None and keep.dtype == torch.bool:
-            x = x[keep]  # (M, C)
-        elif keep is not None:
-            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, k, C)
+        if isinstance(keep, torch.Tensor) and keep.dtype == torch.bool:  # rows that keep unequally many: after attention
+            x = at(last(x, cos, sin, attn_mask), keep)  # (M, C)
+        else:
+            x = last(x, cos, sin, attn_mask, keep)  # (B, k, C)
         x, head = net["ln_f"](x), net["wte" if self.config.weight_tying else "ff_out"].weight
         return F.linear(x, head) if targets is None else token_logps(x, head, targets)
 

@@ -28,7 +28,7 @@ from d1 import completion_mask, generator
 from data import TASKS
 from data.published import PREFILL, beside_the_paper, find_generations, grade, graded_row, paper, table
 from data.tokenizer import Tokenizer
-from model import Config, LLaDA, find_checkpoint
+from model import Config, LLaDA, at_least_float32, find_checkpoint
 from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder, one_line_errors, pick_dtype,
                       processes, progress, whole_lines, write_text)
 
@@ -74,78 +74,94 @@ def num_transfer_tokens(masked, rounds):
     return [masked // rounds + (i < masked % rounds) for i in range(rounds)]
 
 
-def row_noise(keys, device):
-    """uniform(window, *size): float64 draws (B, window, *size), each row from its own generator made of its key.
+def row_noise(keys, diffusion_steps, block_length):
+    """(B, diffusion_steps, 2, block_length) float64 in [0, 1): each row's draws from its own generator, made of its key.
 
-    So a row's noise does not depend on the rows around it, nor on the number of processes.
+    So they depend neither on the rows around it, which may leave the batch, nor on processes or device.
     """
-    generators = [generator(*key, device=device) for key in keys]
-
-    def uniform(window, *size):
-        shape = (window.stop - window.start, *size)
-        return torch.stack([torch.rand(shape, generator=g, dtype=torch.float64, device=device) for g in generators])
-    return uniform
+    shape = (diffusion_steps, 2, block_length)
+    return torch.stack([torch.rand(shape, generator=generator(*key), dtype=torch.float64) for key in keys])
 
 
-def predict(model, x, attn_mask, window, mask_id, cfg_scale, given):
-    """Logits (B, W, V) of the window, under classifier-free guidance if cfg_scale > 0: un + (1 + scale) (cond - un)."""
-    logits = model(x, attn_mask=attn_mask, keep=window)
+def predict(model, x, attn_mask, masked, mask_id, cfg_scale, given):
+    """Logits (B, M, V) of the masked positions, under classifier-free guidance if cfg_scale > 0.
+
+    That is un + (1 + scale) (cond - un), where un sees every given token masked.
+    """
+    logits = model(x, attn_mask=attn_mask, keep=masked)
     if cfg_scale:
-        unconditional = model(x.masked_fill(given, mask_id), attn_mask=attn_mask, keep=window)
+        unconditional = model(x.masked_fill(given, mask_id), attn_mask=attn_mask, keep=masked)
         logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
-    return logits
+    return at_least_float32(logits)
 
 
-def choose(logits, temperature, uniform, window, mask_id):
-    """The token of every position: argmax of logits + temperature * Gumbel noise, never [MASK]. (B, W, V) -> (B, W).
+def choose(logits, temperature, uniform, mask_id):
+    """A token for every position, never [MASK]: drawn from softmax(logits / temperature), the argmax at 0.
 
-    Float64 noise: with bfloat16 noise the tail of the distribution is never sampled (arXiv:2409.02908).
+    logits (B, M, V), uniform (B, M) float64 -> (B, M). LLaDA takes the argmax of logits + temperature * Gumbel noise:
+    the same distribution, but V random numbers and 2 V logarithms per position where looking one number up in the
+    cumulative distribution does. All in float64, or the tail is never sampled (arXiv:2409.02908).
     """
-    if temperature:
-        logits = logits.double() - temperature * (-uniform(window, logits.shape[-1]).log()).log()
-    else:
-        logits = logits.clone()
-    logits[..., mask_id] = -torch.inf
-    return logits.argmax(-1)
+    logits = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
+    if not temperature:
+        return logits.argmax(-1)
+    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (B, M, V)
+    found = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)
+    return found[..., 0].clamp(max=logits.shape[-1] - 1)  # should the product round up to the whole
 
 
 @torch.no_grad()
-def generate(model, prompt, *, mask_id, gen_length, diffusion_steps, block_length, temperature=0.0, uniform=None,
-             attn_mask=None, cfg_scale=0.0, remasking="low_confidence", forbid=(), commit_last=(), on_step=None):
+def generate(model, prompt, *, mask_id, gen_length, diffusion_steps, block_length, temperature=0.0, noise=None,
+             attn_mask=None, cfg_scale=0.0, remasking="low_confidence", forbid=(), commit_last=(), eos_id=None,
+             on_step=None):
     """Fill gen_length masks after `prompt` (B, P), all rows in lockstep. Returns a Generation.
 
-    attn_mask (B, P) bool, False at left padding; uniform: see `row_noise`, needed if temperature > 0 or remasking is
-    "random"; forbid: token ids that are never emitted (LLaDA's logits_eos_inf); commit_last: token ids whose positions
-    are committed last (its confidence_eos_eot_inf, at any temperature); on_step(x, unmasked_at, step): called after
-    every round. Raises ValueError for an impossible schedule.
+    noise: see `row_noise`, needed if temperature > 0 or remasking is "random"; attn_mask (B, P) bool, False at left
+    padding; forbid: token ids that are never emitted (LLaDA's logits_eos_inf); commit_last: token ids whose positions
+    are committed last (its confidence_eos_eot_inf, at any temperature); eos_id: a row leaves the batch after a block
+    that holds it, the rest of its canvas is eos_id (LLaDA fills its canvas: None); on_step(x, unmasked_at, step):
+    called after every round. Raises ValueError for an impossible schedule.
     """
     check_schedule(gen_length, diffusion_steps, block_length)
-    P, blocks, step = prompt.shape[1], gen_length // block_length, 0
+    (B, P), blocks, step = prompt.shape, gen_length // block_length, 0
     x = F.pad(prompt, (0, gen_length), value=mask_id)  # (B, T)
     given = x != mask_id
+    if (given.sum(1) != given[0].sum()).any():
+        raise ValueError("the rows of a batch must have equally many [MASK] in their prompts")  # LLaDA fills those too
     unmasked_at = torch.where(given, -1, -2)  # -2: still masked
     if attn_mask is not None:
         attn_mask = F.pad(attn_mask, (0, gen_length), value=True)  # (B, T)
-    prompt_has_masks = not bool(given[:, :P].all())  # LLaDA fills those too
+    rows = torch.arange(B, device=x.device)[:, None]  # (R, 1): those that go on
     for end in range(P + block_length, P + gen_length + 1, block_length):
-        window = slice(0 if prompt_has_masks else end - block_length, end)
+        live = rows[:, 0]
+        live_mask = None if attn_mask is None else attn_mask[live]
+        masked = (x[live, :end] == mask_id).nonzero()[:, 1].view(len(live), -1)  # (R, M) positions
         for count in num_transfer_tokens(block_length, diffusion_steps // blocks):
-            logits = predict(model, x, attn_mask, window, mask_id, cfg_scale, given)  # (B, W, V)
+            # only what is masked goes through the last layer's queries and MLP, the head, and the draws
+            logits = predict(model, x[live], live_mask, masked, mask_id, cfg_scale, given[live])  # (R, M, V)
             logits[..., list(forbid)] = -torch.inf
-            tokens = choose(logits, temperature, uniform, window, mask_id)  # (B, W)
+            draws = (None, None) if noise is None else noise[live, step, :, :masked.shape[1]].unbind(1)  # (R, M) each
+            tokens = choose(logits, temperature, draws[0], mask_id)  # (R, M)
             if remasking == "random":
-                confidence = uniform(window)
+                confidence = draws[1]
             else:  # the log-probability of the token without noise
                 logits[..., list(commit_last)] = -torch.inf
-                confidence = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)  # (B, W)
-                confidence = confidence.clamp(min=torch.finfo(confidence.dtype).min)  # -inf is for what is not masked
-            confidence = confidence.masked_fill(x[:, window] != mask_id, -torch.inf)
-            chosen = confidence.topk(count, dim=1).indices  # (B, count)
-            x.scatter_(1, chosen + window.start, tokens.gather(1, chosen))
-            unmasked_at.scatter_(1, chosen + window.start, step)
+                confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (R, M)
+            order = confidence.argsort(dim=1, descending=True)
+            chosen = order[:, :count]
+            x[rows, masked.gather(1, chosen)] = tokens.gather(1, chosen)
+            unmasked_at[rows, masked.gather(1, chosen)] = step
+            masked = masked.gather(1, order[:, count:].sort(1).values)
             step += 1
             if on_step:
                 on_step(x, unmasked_at, step)
+        if eos_id is not None and not masked.numel():  # else a mask of the prompt is left, and nothing is final
+            ended = (x[live, end - block_length:end] == eos_id).any(1)
+            x[live[ended], end:] = eos_id
+            unmasked_at[live[ended], end:] = step - 1
+            rows = rows[~ended]
+            if not len(rows):
+                break
     return Generation(x, unmasked_at, step * (2 if cfg_scale else 1))
 
 
@@ -158,11 +174,13 @@ def pad_left(rows, pad_id, device):
     return ids, None if bool(attn_mask.all()) else attn_mask
 
 
-def complete(model, tokenizer, prompts, *, keys, rollout_batch, gen_length, **sampling):
+def complete(model, tokenizer, prompts, *, keys, rollout_batch, gen_length, diffusion_steps, block_length,
+             fill_canvas=False, **sampling):
     """One completion for each prompt, a text or token ids, in order: the one path for rollouts and for evaluation.
 
-    keys: one tuple per prompt, the key of its noise; rollout_batch: rows per forward pass; the rest goes to `generate`.
-    The result does not depend on rollout_batch, up to rounding.
+    keys: one tuple per prompt, the key of its noise; rollout_batch: rows per forward pass; fill_canvas: go on after
+    EOS, where every process must run as many forward passes; the rest goes to `generate`. All that follows the first
+    EOS comes back as EOS. The result depends neither on rollout_batch nor on fill_canvas, up to rounding.
     """
     device, parts = next(model.parameters()).device, []
     rows = [tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
@@ -170,10 +188,14 @@ def complete(model, tokenizer, prompts, *, keys, rollout_batch, gen_length, **sa
         batch = slice(start, start + rollout_batch)
         ids, attn_mask = pad_left(rows[batch], tokenizer.eos_id, device)
         done = generate(model, ids, attn_mask=attn_mask, mask_id=tokenizer.mask_id, gen_length=gen_length,
-                        uniform=row_noise(keys[batch], device), **sampling)
+                        diffusion_steps=diffusion_steps, block_length=block_length,
+                        noise=row_noise(keys[batch], diffusion_steps, block_length).to(device),
+                        eos_id=None if fill_canvas else tokenizer.eos_id, **sampling)
         parts.append((done.ids[:, -gen_length:], done.unmasked_at[:, -gen_length:]))
     ids, unmasked_at = (torch.cat(tensors) for tensors in zip(*parts))  # (R, L) each
-    lengths = (completion_mask(ids, tokenizer.eos_id) & (ids != tokenizer.eos_id)).sum(-1)
+    counted = completion_mask(ids, tokenizer.eos_id)
+    ids = ids.masked_fill(~counted, tokenizer.eos_id)
+    lengths = (counted & (ids != tokenizer.eos_id)).sum(-1)
     return Completions(ids, [tokenizer.decode(row) for row in ids.tolist()], lengths, unmasked_at)
 
 
@@ -196,16 +218,19 @@ def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate",
     """Complete every example and score it. Returns ({metric: mean}, rows): all rows, in order, on every process.
 
     A row holds the example, its index, completion and metrics, its effective tokens (before the first EOS), and whether
-    it ended. droppable: of parallel.Signals, where a signal may end the work; rows: of the first examples, done
-    already; keep(rows): is given those of each round of batches, in order.
+    it ended. droppable: of parallel.Signals, where a signal may end the work; rows: those that are done already;
+    keep(rows): is given those of each round of batches. Prompts of like length share a batch, the longest first: little
+    padding, and what does not fit into memory fails at once.
     """
     rows, size = list(rows), sampling["rollout_batch"] * procs.world
+    prompts = [example.get("ids") or example["prompt"] for example in examples]
+    missing = sorted(set(range(len(examples))) - {row["index"] for row in rows}, key=lambda i: (-len(prompts[i]), i))
     model.eval()
-    for start, show in progress(range(len(rows), len(examples), size), procs, describe):
-        indices = range(start, min(start + size, len(examples)))
+    for start, show in progress(range(0, len(missing), size), procs, describe):
+        indices = missing[start:start + size]
         part = indices[procs.rank::procs.world] or indices[:1]  # nobody idle: all run equally many forward passes
         with droppable() as check:
-            done = complete(model, tokenizer, [examples[i].get("ids") or examples[i]["prompt"] for i in part],
+            done = complete(model, tokenizer, [prompts[i] for i in part],
                             keys=[(seed, "evaluate", i) for i in part], on_step=check, **sampling)
         found = {}
         for i, text, length in zip(part, done.texts, done.lengths.tolist()):
@@ -214,11 +239,12 @@ def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate",
             found[i] = {"index": i, **example, "completion": text, **task.score(text, example),
                         "effective_tokens": length, "ended": length < sampling["gen_length"]}
         found = {row["index"]: row for row in procs.gather(list(found.values()))}
-        rows += [found[i] for i in indices]
+        rows += found.values()
         if keep:
-            keep([found[i] for i in indices])
+            keep(list(found.values()))
         show(accuracy=f"{sum(row['accuracy'] for row in rows) / len(rows):.1%}")
     names = [*task.score("", examples[0]), "effective_tokens"]
+    rows.sort(key=lambda row: row["index"])
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows
 
 
@@ -299,7 +325,8 @@ def answer(model, tokenizer, prompt, args, sampling):
     """Print the answer to one prompt, watched or not."""
     ids, _ = pad_left([tokenizer.encode_prompt(prompt)], tokenizer.eos_id, next(model.parameters()).device)
     on_step = watcher(tokenizer, ids.shape[1], sampling["diffusion_steps"]) if args.watch else None
-    done = complete(model, tokenizer, [prompt], keys=[(args.seed, "answer")], on_step=on_step, **sampling)
+    done = complete(model, tokenizer, [prompt], keys=[(args.seed, "answer")], on_step=on_step, fill_canvas=args.watch,
+                    **sampling)
     if not args.watch or not sys.stdout.isatty():
         print(done.texts[0])
 
@@ -328,25 +355,30 @@ def read_problems(args, task, tokenizer, room, procs):
     return examples
 
 
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_done(path, examples):
     """The rows of an evaluation that was interrupted; a last line that is torn is dropped, also from the file."""
-    lines = whole_lines(path) if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    for row, example in zip(rows, examples):
-        if row["prompt"] != example["prompt"]:
+    rows = [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+    for row in rows:
+        if row["index"] >= len(examples) or row["prompt"] != examples[row["index"]]["prompt"]:
             raise ValueError(f"{path}, row {row['index'] + 1}: of other problems than these, name another --out")
-    if lines:
-        write_text(path, "".join(line + "\n" for line in lines[:len(examples)]))
-    return rows[:len(examples)]
+    if rows:
+        write_text(path, jsonl(rows))
+    return rows
 
 
 def evaluate_into(run, task, model, tokenizer, examples, procs, signals, seed, sampling):
-    """One evaluation, its rows written as they come. Returns what summary.json says of it."""
+    """One evaluation, its rows written as they come, in the end in order. Returns what summary.json says of it."""
     file, start = f"{task}_{sampling['gen_length']}.jsonl", time.monotonic()
     with one_line_errors():
         done = procs.gather(read_done(run.out / file, examples) if procs.is_main else [])
     metrics, rows = evaluate(model, tokenizer, TASKS[task], examples, procs, seed, file.removesuffix(".jsonl"),
                              droppable=signals.droppable, rows=done, keep=lambda new: run.log(file, new), **sampling)
+    if procs.is_main:
+        write_text(run.out / file, jsonl(rows))
     seconds, new = time.monotonic() - start, len(rows) - len(done)
     if hasattr(TASKS[task], "published"):
         metrics |= grade(TASKS[task], [graded_row(row) for row in rows])

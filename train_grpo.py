@@ -145,15 +145,29 @@ class Rollout:
     mask: torch.Tensor  # (N, G, L), True for tokens that count
     advantages: torch.Tensor  # (N, G)
     token_count: int  # counted tokens over all processes
-    old: list = None  # mu times (N, K, G, L)
-    ref: list = None  # likewise, or mu times None
+    old: torch.Tensor = None  # (N, mu, K, G, L)
+    ref: torch.Tensor | None = None  # likewise
 
 
-def log_probs(policy, rollout, update, part, mask_id):
-    """(n, K, G, L): one-step log-probs of a slice of the prompts under the masks of one update."""
+def log_probs(policy, rollout, part, updates, mask_id):
+    """(n, m, K, G, L): one-step log-probs of a slice of the prompts under the masks of a slice of the updates."""
     attn_mask = None if rollout.attn_mask is None else rollout.attn_mask[part]
-    return one_step_logps(policy, rollout.prompt[part], rollout.prompt_masked[part, update], rollout.completions[part],
-                          mask_id, attn_mask)
+    masked = rollout.prompt_masked[part, updates]  # (n, m, K, P)
+    logps = one_step_logps(policy, rollout.prompt[part], masked.flatten(1, 2), rollout.completions[part], mask_id,
+                           attn_mask)
+    return logps.unflatten(1, masked.shape[1:3])
+
+
+@torch.no_grad()
+def score(model, reference, rollout, slices, mask_id):
+    """Set the log-probs of the rollout under the policy that made it and the reference: one batch for all masks."""
+    def all_masks(policy):
+        return torch.cat([log_probs(policy, rollout, part, slice(None), mask_id) for part in slices])
+
+    rollout.old = all_masks(model)
+    if reference:
+        with reference() as policy:
+            rollout.ref = all_masks(policy)
 
 
 def add_up(rows):
@@ -165,11 +179,10 @@ def update_policy(step, update, model, optimizer, rollout, slices, args, procs, 
     """One clipped update under its own prompt masks. Returns what is logged of it, over all processes."""
     rows, trainable = [], optimizer.param_groups[0]["params"]
     for part in slices:
-        ref = rollout.ref[update]
+        logps = log_probs(model, rollout, part, slice(update, update + 1), mask_id)[:, 0]  # (n, K, G, L)
         loss, stats = diffu_grpo_loss(
-            log_probs(model, rollout, update, part, mask_id), rollout.old[update][part],
-            None if ref is None else ref[part], rollout.advantages[part], rollout.mask[part], args.epsilon, args.beta,
-            rollout.token_count)
+            logps, rollout.old[part, update], None if rollout.ref is None else rollout.ref[part, update],
+            rollout.advantages[part], rollout.mask[part], args.epsilon, args.beta, rollout.token_count)
         (loss * procs.world).backward()  # FSDP takes the mean over the processes
         rows.append({"loss": loss.item(), **{name: float(value) for name, value in stats.items()}})
     per_rank = procs.gather([add_up(rows)])
@@ -214,7 +227,8 @@ def held_out_metrics(model, tokenizer, task, examples, args, procs, signals, wor
         sampling = {option: getattr(args, option) for option in SAMPLING}
         with gathered(model, args.keep_sharded):
             metrics, _ = evaluate(model, tokenizer, task, examples, procs, args.seed, f"{words}, {name}",
-                                  temperature=temperature, droppable=signals.droppable, **sampling)
+                                  temperature=temperature, droppable=signals.droppable,
+                                  fill_canvas=args.keep_sharded, **sampling)
         found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
     if found:
         procs.print(f"{words}: accuracy {found['sampled_accuracy']:.1%} at temperature {args.temperature}, "
@@ -246,7 +260,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
     repeated = [example for example in batch for _ in range(G)]
     sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature")}
     with gathered(model, args.keep_sharded), signals.droppable() as check:
-        done = complete(model, tokenizer, [e["ids"] for e in repeated], on_step=check,
+        done = complete(model, tokenizer, [e["ids"] for e in repeated], on_step=check, fill_canvas=args.keep_sharded,
                         keys=[(args.seed, "rollout", step, i, g) for i in mine for g in range(G)], **sampling)
     completions = done.ids.view(len(batch), G, -1)  # (N, G, L)
     mask = completion_mask(completions, tokenizer.eos_id)  # (N, G, L)
@@ -262,13 +276,8 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
 
     # old and reference log-probs under each of the masks
     slices = [slice(i, i + args.microbatch) for i in range(0, len(batch), args.microbatch)]
-    with torch.no_grad(), gathered(model, args.keep_sharded):
-        rollout.old = [torch.cat([log_probs(model, rollout, m, s, mask_id) for s in slices]) for m in range(mu)]
-        rollout.ref = [None] * mu
-        if reference:
-            with reference() as policy:
-                rollout.ref = [torch.cat([log_probs(policy, rollout, m, s, mask_id) for s in slices])
-                               for m in range(mu)]
+    with gathered(model, args.keep_sharded):
+        score(model, reference, rollout, slices, mask_id)
     clock.append(time.monotonic())
 
     # mu updates

@@ -90,9 +90,9 @@ def a_rollout(model, procs, args, G=3, P=7, L=9):
                                  advantages[mine], int(mask.sum()))
     every = slice(0, len(mine))
     with torch.no_grad(), gathered(model):
-        now = train_grpo.log_probs(model, rollout, 0, every, TOKENIZER.mask_id)
+        now = train_grpo.log_probs(model, rollout, every, slice(None), TOKENIZER.mask_id)  # (N, 1, K, G, L)
     noise = torch.randn(2, N, *now.shape[1:], generator=generator("drift"))[:, mine]
-    rollout.old, rollout.ref = [now + 0.4 * noise[0]], [now + 0.4 * noise[1]]
+    rollout.old, rollout.ref = now + 0.4 * noise
     return rollout
 
 
@@ -220,7 +220,7 @@ def equal_work_where_weights_stay_sharded(procs):
     model = build(train_sft, parse(train_sft, *SFT), procs)
     with gathered(model, keep_sharded=True):
         found, rows = evaluate(model, tokenizer, task, examples, procs, 0, rollout_batch=1, gen_length=8,
-                               diffusion_steps=4, block_length=8, temperature=0.7)
+                               diffusion_steps=4, block_length=4, temperature=0.7, fill_canvas=True)
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(procs.world == 1 or hasattr(p, "full_tensor") for p in model.parameters())  # sharded again
     return {name: torch.tensor(value) for name, value in found.items()}
