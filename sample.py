@@ -276,7 +276,7 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on with the half-finished evaluation in --out")
     p.add_argument("--seed", type=int, default=0)
     add_sampling_options(p, several=True)
-    p.add_argument("--temperature", type=float, default=0.0, help="of the Gumbel noise; d1: 0 in evaluation, 0.9 in RL")
+    p.add_argument("--temperature", type=float, default=0.0, help="of the draws; d1: 0 in evaluation, 0.9 in RL")
     p.add_argument("--cfg_scale", type=float, default=0.0, help="classifier-free guidance; d1: 0")
     p.add_argument("--remasking", choices=("low_confidence", "random"), default="low_confidence")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
