@@ -40,7 +40,8 @@ def test_gumbel_noise(temperature):
 @pytest.mark.parametrize("dtype, suffix", BOTH)
 def test_log_probs_loss_and_gradients(case, dtype, suffix):
     data, meta = tensors("grpo/grpo.safetensors"), META["cases"][case]
-    net, k = LLaDA.from_pretrained(golden("llada_mha"), dtype=dtype), data["mask_seeds"].tolist().index(meta["mask_seed"])
+    net = LLaDA.from_pretrained(golden("llada_mha"), dtype=dtype)
+    k = data["mask_seeds"].tolist().index(meta["mask_seed"])
     completions = data["completion_ids"]
     logps = transcription.log_probs(net, data["prompt_ids"], data["is_mask_prompt"][k], completions, MASK_ID)
     assert worst(logps.detach(), data[f"cfg0.policy_logps{suffix}"][k]) < (1e-10 if suffix else 2e-4)
