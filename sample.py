@@ -75,7 +75,7 @@ def num_transfer_tokens(masked, rounds):
 
 
 def row_noise(keys, diffusion_steps, block_length):
-    """(B, diffusion_steps, 2, block_length) float64 in [0, 1): each row's draws from its own generator, made of its key.
+    """(B, diffusion_steps, 2, block_length) float64 in [0, 1), each row's from a generator made of its key.
 
     So they depend neither on the rows around it, which may leave the batch, nor on processes or device.
     """

@@ -280,8 +280,8 @@ def main(args):
     peak, rows, ratios = peak_flops(device, dtype), [], {}
     for key, words, ours, theirs, tokens in (cases_embedded if args.size == "embedded" else cases_8b)(args, device):
         fast, slow = by_turns(ours, theirs, rounds, device)
-        rows.append({"what": words, "published": f"{slow:.3f} s", "ours": f"{fast:.3f} s", "ratio": f"{slow / fast:.2f}",
-                     "tokens/s": f"{tokens / fast:.0f}" if tokens else None,
+        rows.append({"what": words, "published": f"{slow:.3f} s", "ours": f"{fast:.3f} s",
+                     "ratio": f"{slow / fast:.2f}", "tokens/s": f"{tokens / fast:.0f}" if tokens else None,
                      "limit": f"{count_flops(ours) / fast / peak:.0%}"})
         print(rows[-1], file=sys.stderr, flush=True)
         if key:
