@@ -1,5 +1,4 @@
 """The transcription that speed is measured against, itself against the reference tensors; then ours against it."""
-import json
 from contextlib import nullcontext
 
 import pytest
