@@ -250,7 +250,7 @@ class LLaDA(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, cos, sin, attn_mask)
-        if isinstance(keep, torch.Tensor) and keep.dtype == torch.bool:  # rows keep unequally many: after attention
+        if isinstance(keep, torch.Tensor) and keep.dtype == torch.bool:  # unequally many: after attention
             x = at(last(x, cos, sin, attn_mask), keep)  # (M, C)
         else:
             x = last(x, cos, sin, attn_mask, keep)  # (B, k, C)

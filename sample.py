@@ -75,7 +75,7 @@ def num_transfer_tokens(masked, rounds):
 
 
 def row_noise(keys, diffusion_steps, block_length):
-    """(B, diffusion_steps, 2, block_length) float64 in [0, 1): a row's draws from its own generator, made of its key.
+    """(B, diffusion_steps, 2, block_length) float64 in [0, 1), each row's from a generator made of its key.
 
     So they depend neither on the rows around it, which may leave the batch, nor on processes or device.
     """
@@ -102,7 +102,8 @@ def choose(logits, temperature, uniform, mask_id):
     the same distribution, but V random numbers and 2 V logarithms per position where looking one number up in the
     cumulative distribution does. All in float64, or the tail is never sampled (arXiv:2409.02908).
     """
-    logits = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
+    logits = logits.clone()
+    logits[..., mask_id] = -torch.inf
     if not temperature:
         return logits.argmax(-1)
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (B, M, V)
@@ -139,13 +140,15 @@ def generate(model, prompt, *, mask_id, gen_length, diffusion_steps, block_lengt
         for count in num_transfer_tokens(block_length, diffusion_steps // blocks):
             # only what is masked goes through the last layer's queries and MLP, the head, and the draws
             logits = predict(model, x[live], live_mask, masked, mask_id, cfg_scale, given[live])  # (R, M, V)
-            logits[..., list(forbid)] = -torch.inf
+            if forbid:
+                logits[..., list(forbid)] = -torch.inf
             draws = (None, None) if noise is None else noise[live, step, :, :masked.shape[1]].unbind(1)  # (R, M) each
             tokens = choose(logits, temperature, draws[0], mask_id)  # (R, M)
             if remasking == "random":
                 confidence = draws[1]
             else:  # the log-probability of the token without noise
-                logits[..., list(commit_last)] = -torch.inf
+                if commit_last:
+                    logits[..., list(commit_last)] = -torch.inf
                 confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (R, M)
             order = confidence.argsort(dim=1, descending=True)
             chosen = order[:, :count]

@@ -1,7 +1,7 @@
 """How fast, against a plain transcription of the published algorithm (transcription.py), on this machine.
 
     python tests/benchmark.py                      the table
-    python tests/benchmark.py --quick --json FILE  the same in less than a minute, fewer rounds and smaller sizes
+    python tests/benchmark.py --quick --json FILE  fewer rounds, smaller sizes
     python tests/benchmark.py --size 8b            LLaDA-8B's shape, random weights, bfloat16: for a GPU of 80 GB
 
 The two run by turns in one process; a ratio is that of their medians. They share the network, so it is the algorithm
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     p.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes")
     p.add_argument("--json", metavar="FILE", help="write the ratios there")
     p.add_argument("--size", choices=("embedded", "8b"), default="embedded")
-    p.add_argument("--rounds", type=int, help="default: 7, with --quick 3")
+    p.add_argument("--rounds", type=int, help="default: 5, with --quick 2")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--memory", metavar="WHAT", help=argparse.SUPPRESS)  # used by itself: one process for each peak
     return p.parse_args(argv)
@@ -192,7 +192,7 @@ def resident(field):
 def measure_peak(what, args):
     """Print the bytes that one update phase needs above the weights: `what` is ours or theirs, and the vocabulary."""
     side, vocabulary = what.split()
-    ours, theirs = update_case(vocabulary == "large", torch.device(args.device), args.quick, mu=1)
+    ours, theirs = update_case(vocabulary == "large", torch.device(args.device), mu=1)
     work, before = ours if side == "ours" else theirs, resident("VmRSS")
     work()
     print(resident("VmHWM") - before)
@@ -201,16 +201,16 @@ def measure_peak(what, args):
 def peak_memory(side, vocabulary, args):
     """Bytes, on a GPU from its allocator, on a CPU from a process of its own."""
     if args.device.startswith("cuda"):
-        ours, theirs = update_case(vocabulary == "large", torch.device(args.device), args.quick, mu=1)
+        ours, theirs = update_case(vocabulary == "large", torch.device(args.device), mu=1)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         (ours if side == "ours" else theirs)()
         return torch.cuda.max_memory_allocated() - before
     words = [sys.executable, __file__, "--memory", f"{side} {vocabulary}", "--device", args.device]
-    return int(subprocess.run([*words, *["--quick"] * args.quick], check=True, capture_output=True, text=True).stdout)
+    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 
-def update_case(large, device, quick, mu):
+def update_case(large, device, mu):
     changes = {**LARGE, "n_layers": 5} if large else {}
     model = random_model(device, torch.float32, **changes)
     return update_phase(model, 18, 32, prompts=1 if large else 4, mu=mu, lora=large)
@@ -233,12 +233,12 @@ def cases_embedded(args, device):
             yield (None, f"  with all rows to the end, T {t:g}", *sampler(model, prompt, t, None, mask, **schedule),
                    rows * 32)
     large = random_model(device, torch.float32, **LARGE)
-    length = 8 if args.quick else 32  # the first block of the same canvas, or all of it
-    ids = torch.randint(600, (2, 50 - length), generator=generator("prompt")).to(device)
-    short = dict(gen_length=length, diffusion_steps=length, block_length=8)
+    rows = 1 if args.quick else 2
+    ids = torch.randint(600, (rows, 42), generator=generator("prompt")).to(device)
+    short = dict(gen_length=8, diffusion_steps=8, block_length=8)  # one block of a canvas of the same size
     for t, key in ((0.0, "sampler_exact_t0_large_vocab"), (0.9, "sampler_exact_t09_large_vocab")):
         if t or not args.quick:
-            yield key, f"sampler, T {t:g}, V 126,464, 2 rows", *sampler(large, ids, t, **short), 2 * length
+            yield key, f"sampler, T {t:g}, V 126,464, rows {rows}", *sampler(large, ids, t, **short), rows * 8
     del large
     if not args.quick:
         shaped = random_model(device, torch.float32, **SHAPE_8B)
@@ -246,15 +246,15 @@ def cases_embedded(args, device):
         for t in (0.0, 0.9):
             yield (None, f"sampler, T {t:g}, 8B's proportions, 2 rows",
                    *sampler(shaped, ids, t, gen_length=16, diffusion_steps=8, block_length=16), 32)
-    mu = 4 if args.quick else MU
     for large in (False, True):
         if not (large and args.quick):
-            prompts = 1 if large else 4
+            prompts, mu = (1, 2) if large else (4, 2 if args.quick else MU)
             yield ("update_phase_large_vocab" if large else "update_phase",
                    f"update phase, mu {mu}, {prompts} x {G}" + ", V 126,464" * large,
-                   *update_case(large, device, args.quick, mu if not large else 2), None)
-    yield ("step_exact", f"whole step, T 0.9, mu {MU}, 4 x {G}",
-           *whole_step(model, tokenizer, examples, 4, MU, schedule), 4 * G * 32)
+                   *update_case(large, device, mu), None)
+    prompts = 1 if args.quick else 4
+    yield ("step_exact", f"whole step, T 0.9, mu {MU}, {prompts} x {G}",
+           *whole_step(model, tokenizer, examples, prompts, MU, schedule), prompts * G * 32)
 
 
 def cases_8b(args, device):
@@ -276,12 +276,12 @@ def main(args):
     if args.memory:
         return measure_peak(args.memory, args)
     dtype = torch.float32 if args.size == "embedded" else torch.bfloat16
-    rounds, start = args.rounds or (3 if args.quick else 7), time.monotonic()
+    rounds, start = args.rounds or (2 if args.quick else 5), time.monotonic()
     peak, rows, ratios = peak_flops(device, dtype), [], {}
     for key, words, ours, theirs, tokens in (cases_embedded if args.size == "embedded" else cases_8b)(args, device):
         fast, slow = by_turns(ours, theirs, rounds, device)
-        rows.append({"what": words, "published": f"{slow:.3f} s", "ours": f"{fast:.3f} s", "ratio": f"{slow / fast:.2f}",
-                     "tokens/s": f"{tokens / fast:.0f}" if tokens else None,
+        rows.append({"what": words, "published": f"{slow:.3f} s", "ours": f"{fast:.3f} s",
+                     "ratio": f"{slow / fast:.2f}", "tokens/s": f"{tokens / fast:.0f}" if tokens else None,
                      "limit": f"{count_flops(ours) / fast / peak:.0%}"})
         print(rows[-1], file=sys.stderr, flush=True)
         if key:

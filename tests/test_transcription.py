@@ -1,13 +1,16 @@
 """The transcription that speed is measured against, itself against the reference tensors; then ours against it."""
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import golden, reference, tensors, worst
 from test_d1 import BOTH, EOS_ID, MASK_ID, META, check_gradients
 
+import train_grpo
 import transcription
 from d1 import completion_mask
 from model import LLaDA
+from parallel import Processes
 from test_sample import CASES, Biased
 
 SAMPLER = "sampler/sampler.safetensors"
@@ -52,3 +55,24 @@ def test_log_probs_loss_and_gradients(case, dtype, suffix):
     assert worst(loss.detach().view(1), data[f"{case}.loss{suffix}"]) < (1e-10 if suffix else 1e-5)
     loss.backward()
     check_gradients(net, data, f"{case}.grad{suffix}.", 1e-10 if suffix else 1e-4)
+
+
+def test_our_update_phase_under_the_same_masks():
+    """With a mask for every completion (N x G prompts, G = 1) ours gives the transcription's losses and weights."""
+    data, models = tensors("grpo/grpo.safetensors"), [LLaDA.from_pretrained(golden("llada_mha")) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    prompt, completions, masked = data["prompt_ids"], data["completion_ids"], data["is_mask_prompt"]
+    mask, frozen = completion_mask(completions, EOS_ID), reference("llada_mha")
+    args = train_grpo.parse_args(["--task", "countdown"])
+    want = transcription.update_phase(
+        models[0], lambda: nullcontext(frozen), optimizers[0], prompt, masked, completions, data["advantages"], mask,
+        MASK_ID, epsilon=args.epsilon, beta=args.beta, grad_clip=args.grad_clip)
+    rollout = train_grpo.Rollout(prompt, None, masked.transpose(0, 1)[:, :, None], completions[:, None], mask[:, None],
+                                 data["advantages"][:, None], int(mask.sum()))
+    parts = [slice(0, 4), slice(4, 6)]
+    train_grpo.score(models[1], lambda: nullcontext(frozen), rollout, parts, MASK_ID)
+    got = [train_grpo.update_policy(0, m, models[1], optimizers[1], rollout, parts, args,
+                                    Processes(0, 1, torch.device("cpu")), MASK_ID)["loss"] for m in range(4)]
+    assert got == pytest.approx(want, abs=1e-5) and len(set(want)) == 4
+    for one, two in zip(models[0].parameters(), models[1].parameters()):
+        assert worst(two.detach(), one.detach()) < 1e-5
