@@ -623,12 +623,16 @@ PLANNED = {
 
 @dataclass(frozen=True)
 class Passes:
-    """`times` passes over `total` rows, `rows` at a time on a GPU; `kept` of their `length` positions see the head."""
+    """`times` passes over `total` rows, `rows` at a time on a GPU; `kept` of their `length` positions see the head.
+
+    narrow: as many in every row, so that the last block computes only those, but for keys and values.
+    """
     total: int
     rows: int
     length: int
     kept: int
     times: int = 1
+    narrow: bool = True
 
 
 def planned_parameters(c, args):
@@ -661,7 +665,8 @@ def planned_memory(c, args, gpus, chunk, passes):
                       + e * 2 * C  # what the matrices read: q, k, v; ff_proj, up_proj
                       + e * (2 * C + 2 * KV)  # q, k, v and what attention gives
                       + e * (4 * M if full else 3 * M))  # gate, silu(gate), up; their product, to train ff_out
-    found["activations"] = c.n_layers * (tokens * e * C if args.checkpoint_activations else layer)
+    layers = c.n_layers - train.narrow * (1 - train.kept / train.length)
+    found["activations"] = tokens * e * C * c.n_layers if args.checkpoint_activations else layers * layer
     found["block"] = tokens * e * 3 * M + (layer if args.checkpoint_activations else 0)
     found["logits"] = 12 * min(chunk, train.rows * train.kept * V)
     sharded = gpus > 1 or full and e < 4
@@ -692,7 +697,10 @@ def planned_flops(c, args, passes, train=False):
     weights = base * (forward + train + train * full) + adapters * (forward + 2 * train)
     attention = 2 * passes.length * c.d_model * c.n_layers * (forward + 2 * train)  # q k, and its product with v
     head = c.d_model * c.embedding_size * (1 + train * (2 + full))  # scored once more in the backward pass
-    return 2 * passes.total * passes.times * (passes.length * (weights + attention) + passes.kept * head)
+    both = 2 * c.d_model * c.n_kv_heads * c.head_dim * c.n_layers  # keys and values: everywhere in the last block too
+    spared = (weights * (1 - both / base) + attention) / c.n_layers * passes.narrow
+    return 2 * passes.total * passes.times * (passes.length * (weights + attention) + passes.kept * head
+                                              - (passes.length - passes.kept) * spared)
 
 
 def print_plan(c, args, chunk, passes_of):

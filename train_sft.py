@@ -218,7 +218,7 @@ def passes_of(c, args, gpus):
     """What a step does, for --plan: rows as long as they may be, half of their tokens masked, as on average."""
     mine = Processes(0, gpus, torch.device("cpu")).share(args.batch_size, "--batch_size")
     length = min(args.max_length, c.max_sequence_length)
-    return {"update": Passes(args.batch_size, min(args.microbatch, len(mine)), length, length // 2)}
+    return {"update": Passes(args.batch_size, min(args.microbatch, len(mine)), length, length // 2, narrow=False)}
 
 
 def main(args):
