@@ -11,8 +11,7 @@ from fractions import Fraction
 import numpy
 
 from data.files import find_file, read_rows
-from data.format import (FORMAT, MAX_TEXT, closed_answer, default_count, is_formatted, last_box, unboxed,
-                         write_completion)
+from data.format import FORMAT, MAX_TEXT, closed_answer, default_count, last_box, score_answer, write_completion
 from data.published import first_answer, write_published
 
 HUB = ("Jiayi-Pan/Countdown-Tasks-3to4", "data/train-00000-of-00001.parquet")  # what d1 trains on
@@ -237,10 +236,8 @@ def reward(text, example):
 
 
 def score(text, example):
-    """accuracy: exact answers, boxed or not; closed: any closed answer; format: the whole text in the shared format."""
-    answer = closed_answer(text)
-    return {"accuracy": float(is_exact(unboxed(answer), example)), "closed": float(answer is not None),
-            "format": float(is_formatted(text))}
+    """accuracy: exact answers; closed, format: see `score_answer`."""
+    return score_answer(text, example, is_exact)
 
 
 def published_expression(text):

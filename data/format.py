@@ -60,6 +60,15 @@ def unboxed(answer):
     return last_box(answer or "") or answer
 
 
+def score_answer(text, example, is_right):
+    """The scores of a text. accuracy: is_right(answer, example) of the closed answer, boxed or not; closed: any closed
+    answer; format: the whole text in the shared format.
+    """
+    answer = closed_answer(text)
+    return {"accuracy": float(is_right(unboxed(answer), example)), "closed": float(answer is not None),
+            "format": float(is_formatted(text))}
+
+
 def final_answer(text):
     """What the text answers: the box in the last closed answer, or that answer, or the last box; None without any."""
     return unboxed(closed_answer(text)) or last_box(text)

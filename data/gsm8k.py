@@ -3,7 +3,7 @@ import re
 from fractions import Fraction
 
 from data.files import SUFFIXES, find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, final_answer, is_formatted, unboxed
+from data.format import FORMAT, MAX_TEXT, closed_answer, final_answer, is_formatted, score_answer, unboxed
 from data.published import first_answer, write_published
 
 HUB = {"train": ("openai/gsm8k", "main/train-00000-of-00001.parquet"),
@@ -84,10 +84,8 @@ def reward(text, example):
 
 
 def score(text, example):
-    """accuracy: a closed answer that is the right number; closed, format: as in Countdown."""
-    answer = closed_answer(text)
-    return {"accuracy": float(is_right(unboxed(answer), example)), "closed": float(answer is not None),
-            "format": float(is_formatted(text))}
+    """accuracy: a closed answer that is the right number; closed, format: see `score_answer`."""
+    return score_answer(text, example, is_right)
 
 
 def published(text, example):

@@ -2,7 +2,7 @@ r"""MATH (arXiv:2103.03874): competition problems, answers in LaTeX; trained on 
 import re
 
 from data.files import SUFFIXES, find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, final_answer, is_formatted, last_box, unboxed
+from data.format import FORMAT, MAX_TEXT, closed_answer, final_answer, last_box, score_answer
 from data.published import first_answer, write_published
 
 HUB = {"train": ("nlile/hendrycks-MATH-benchmark", "data/train-00000-of-00001.parquet"),
@@ -117,10 +117,8 @@ def reward(text, example):
 
 
 def score(text, example):
-    """accuracy: a closed answer equal to the solution's; closed, format: as in Countdown."""
-    answer = closed_answer(text)
-    return {"accuracy": float(is_right(unboxed(answer), example)), "closed": float(answer is not None),
-            "format": float(is_formatted(text))}
+    """accuracy: a closed answer equal to the solution's; closed, format: see `score_answer`."""
+    return score_answer(text, example, is_right)
 
 
 def published(text, example):

@@ -149,7 +149,7 @@ def reward(text, example):
 
 
 def score(text, example):
-    """accuracy: solved by the rules, clues kept; cells: the published metric; closed, format: as in Countdown."""
+    """accuracy: solved by the rules, clues kept; cells: the published metric; closed, format: see `score_answer`."""
     grid = fill(unboxed(closed_answer(text)))
     return {"accuracy": float(grid is not None and solves(grid, example["puzzle"])), "cells": cell_share(grid, example),
             "closed": float(closed_answer(text) is not None), "format": float(is_formatted(text))}
