@@ -219,22 +219,24 @@ def gathered(model, keep_sharded=False):
             module.reshard()
 
 
-def clip_gradients(parameters, limit):
-    """Scale the gradients down to a norm of `limit` over all processes. Returns the norm they had."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def update_or_stop(optimizer, limit, where, found, procs):
+    """Clip the gradients to a norm of `limit` over all processes, update, clear them.
 
-
-def refuse_not_finite(where, grad_norm, per_rank):
-    """End all processes before an update whose gradient norm is not finite, and say where it came from.
-
-    grad_norm: the same on all processes; per_rank: what each of them measured, {name: number}.
+    found: what this process measured, {name: number}. Returns the norm before clipping and what each process found.
+    Where the norm is not finite all processes end before the update and say where that came from.
     """
-    if not math.isfinite(grad_norm):
-        bad = [rank for rank, found in enumerate(per_rank) if not all(map(math.isfinite, found.values()))]
-        raise SystemExit(f"error: {where}: gradient norm {grad_norm}, "
+    trainable = optimizer.param_groups[0]["params"]
+    norm = torch.nn.utils.clip_grad_norm_(trainable, limit)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    per_rank = procs.gather([found])
+    if not math.isfinite(norm):
+        bad = [rank for rank, numbers in enumerate(per_rank) if not all(map(math.isfinite, numbers.values()))]
+        raise SystemExit(f"error: {where}: gradient norm {norm}, "
                          f"{f'loss not finite on ranks {bad}' if bad else 'losses finite'}: {per_rank}; "
                          "stopped before the update, what is saved is intact")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, per_rank
 
 
 @contextlib.contextmanager
@@ -381,7 +383,7 @@ class Run:
         """Append dicts to `file` as JSON lines."""
         if self.procs.is_main:
             with open(self.out / file, "a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                lines.write(jsonl(rows))
 
     def save(self, keep=2):
         """Write the checkpoint step_<step>/: weights, optimizer, state, and the files of others.
@@ -438,6 +440,11 @@ class Run:
     def finish(self, summary):
         if self.procs.is_main:
             write_json(self.out / "summary.json", summary)
+
+
+def jsonl(rows):
+    """Dicts as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def whole_lines(path):

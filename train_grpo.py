@@ -24,9 +24,8 @@ from data import TASKS
 from data.tokenizer import Tokenizer
 from model import (HEAD_CHUNK, Config, LLaDA, adapters_off, add_lora, find_checkpoint, init_lora, load_weights,
                    save_weights)
-from parallel import (Passes, Processes, Run, Signals, add_parallel_options, clip_gradients, fill, fill_defaults,
-                      gathered, one_line_errors, parallelise, pick_dtype, print_plan, processes, progress,
-                      refuse_not_finite)
+from parallel import (Passes, Processes, Run, Signals, add_parallel_options, fill, fill_defaults, gathered,
+                      one_line_errors, parallelise, pick_dtype, print_plan, processes, progress, update_or_stop)
 from sample import SAMPLING, add_sampling_options, check_schedule, complete, encode_prompts, evaluate, pad_left
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -177,7 +176,7 @@ def add_up(rows):
 
 def update_policy(step, update, model, optimizer, rollout, slices, args, procs, mask_id):
     """One clipped update under its own prompt masks. Returns what is logged of it, over all processes."""
-    rows, trainable = [], optimizer.param_groups[0]["params"]
+    rows = []
     for part in slices:
         logps = log_probs(model, rollout, part, slice(update, update + 1), mask_id)[:, 0]  # (n, K, G, L)
         loss, stats = diffu_grpo_loss(
@@ -185,13 +184,9 @@ def update_policy(step, update, model, optimizer, rollout, slices, args, procs, 
             rollout.advantages[part], rollout.mask[part], args.epsilon, args.beta, rollout.token_count)
         (loss * procs.world).backward()  # FSDP takes the mean over the processes
         rows.append({"loss": loss.item(), **{name: float(value) for name, value in stats.items()}})
-    per_rank = procs.gather([add_up(rows)])
-    row = add_up(per_rank)
-    row["grad_norm"] = clip_gradients(trainable, args.grad_clip)
-    refuse_not_finite(f"step {step + 1}, update {update + 1}", row["grad_norm"], per_rank)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return row
+    grad_norm, per_rank = update_or_stop(optimizer, args.grad_clip, f"step {step + 1}, update {update + 1}",
+                                         add_up(rows), procs)
+    return {**add_up(per_rank), "grad_norm": grad_norm}
 
 
 def mean_of(rows, procs):

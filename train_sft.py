@@ -18,9 +18,8 @@ from data.files import read_rows
 from data.tokenizer import Tokenizer
 from model import (HEAD_CHUNK, Config, LLaDA, add_lora, find_checkpoint, init_lora, load_weights, read_weights,
                    save_weights)
-from parallel import (Passes, Processes, Run, Signals, add_parallel_options, clip_gradients, fill, fill_defaults,
-                      gathered, one_line_errors, parallelise, pick_dtype, print_plan, processes, progress,
-                      refuse_not_finite)
+from parallel import (Passes, Processes, Run, Signals, add_parallel_options, fill, fill_defaults, gathered,
+                      one_line_errors, parallelise, pick_dtype, print_plan, processes, progress, update_or_stop)
 
 MIN_T = 1e-3  # t = (1 - 1e-3) u + 1e-3, LLaDA's floor, bounds the weight 1 / t
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -183,17 +182,13 @@ def learning_rate(step, args):
 
 def train_step(step, model, optimizer, rows, tokenizer, args, procs):
     """One update on this process's share of the step's rows. Returns the step's row for the log."""
-    began, loss, tokens, trainable = time.monotonic(), 0.0, 0, optimizer.param_groups[0]["params"]
+    began, loss, tokens = time.monotonic(), 0.0, 0
     optimizer.param_groups[0]["lr"] = learning_rate(step, args)
     for batch, share in draw_batch(rows, step, args, tokenizer, procs.share(args.batch_size, "--batch_size")):
         part = batch_loss(model, batch, args.loss == "llada") * share
         (part * procs.world).backward()  # FSDP takes the mean over the processes
         loss, tokens = loss + part.item(), tokens + batch[0].numel()
-    grad_norm = clip_gradients(trainable, args.grad_clip)
-    per_rank = procs.gather([{"loss": loss}])  # each process's share
-    refuse_not_finite(f"step {step + 1}", grad_norm, per_rank)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    grad_norm, per_rank = update_or_stop(optimizer, args.grad_clip, f"step {step + 1}", {"loss": loss}, procs)
     return {"step": step + 1, "loss": sum(found["loss"] for found in per_rank),
             "lr": learning_rate(step, args), "grad_norm": grad_norm,
             "tokens_per_second": procs.world * tokens / (time.monotonic() - began)}
