@@ -29,8 +29,8 @@ from data import TASKS
 from data.published import PREFILL, beside_the_paper, find_generations, grade, graded_row, paper, table
 from data.tokenizer import Tokenizer
 from model import Config, LLaDA, at_least_float32, find_checkpoint
-from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder, one_line_errors, pick_dtype,
-                      processes, progress, whole_lines, write_text)
+from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder, jsonl, one_line_errors,
+                      pick_dtype, processes, progress, whole_lines, write_text)
 
 # option: (the paper's value, the embedded model's)
 SAMPLING = {"gen_length": (256, 32), "diffusion_steps": (128, 32), "block_length": (32, 8), "rollout_batch": (8, 128)}
@@ -358,18 +358,15 @@ def read_problems(args, task, tokenizer, room, procs):
     return examples
 
 
-def jsonl(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def read_done(path, examples):
     """The rows of an evaluation that was interrupted; a last line that is torn is dropped, also from the file."""
-    rows = [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in whole_lines(path)]
     for row in rows:
         if row["index"] >= len(examples) or row["prompt"] != examples[row["index"]]["prompt"]:
             raise ValueError(f"{path}, row {row['index'] + 1}: of other problems than these, name another --out")
-    if rows:
-        write_text(path, jsonl(rows))
+    write_text(path, jsonl(rows))
     return rows
 
 

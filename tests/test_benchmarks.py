@@ -512,6 +512,7 @@ def test_a_half_finished_evaluation_goes_on(whole, folder, tmp_path, capsys, tor
     (half / "config.json").write_bytes((out / "config.json").read_bytes())
     lines = (out / "countdown_8.jsonl").read_text().splitlines(keepends=True)
     (half / "countdown_8.jsonl").write_text("".join(lines[:3]) + torn)
+    (half / "countdown_16.jsonl").write_text(torn)  # killed within its first row
     with pytest.raises(SystemExit, match="holds a run already"):
         evaluated(half, folder)
     again = evaluated(half, folder, "--resume")
