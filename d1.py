@@ -3,7 +3,8 @@
 Two stages: masked SFT (`forward_process`, `sft_loss`) and diffu-GRPO. What makes diffu-GRPO GRPO for diffusion models
 is one estimator: a masked diffusion model has no left-to-right factorisation, so log pi(o | q) is read off ONE forward
 pass in which the whole completion is [MASK] and each prompt token is [MASK] with probability p (section 3.2).
-Everything else is the clipped policy gradient: `group_advantages`, `kl_k3`, `diffu_grpo_loss`.
+Everything else is the clipped policy gradient: `group_advantages`, `kl_k3`, `diffu_grpo_loss`. Other estimators and
+objectives, which came after d1, stand at the end.
 
 Shapes: B rows, N prompts, G completions of each, K prompt masks of each, P prompt and L completion tokens, T = P + L,
 V vocabulary. Randomness is an argument everywhere: pass a generator made by `generator(seed, step, index)`.
@@ -122,24 +123,32 @@ def kl_k3(logps, ref_logps):
     return d.exp() - d - 1
 
 
+def only_counted(mask, *logps):
+    """The mask as (N, 1 or K, G, L), and the log-probs with 0 where it is False; None stays None.
+
+    So tokens that do not count stay out of exp, where one overflow would be 0 * inf = NaN for the whole batch.
+    """
+    counted = mask if mask.dim() == 4 else mask[:, None]
+    return counted, *(x if x is None else x.masked_fill(~counted, 0.0) for x in logps)
+
+
 def diffu_grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta, token_count):
     """The clipped objective of diffu-GRPO, to minimise (eq. 4 with the token-level mean of the authors' code).
 
         - 1 / tokens * sum_i sum_l [ min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta k3 ],
         rho = exp(logps - old_logps)
 
-    logps, old_logps, ref_logps (N, K, G, L), the last None when beta is 0; advantages (N, G); mask (N, G, L) bool;
-    token_count: counted completion tokens of the WHOLE batch, over all micro-batches and processes, so that their
-    losses add up to the loss of the batch. The mean over K is taken here.
+    logps, old_logps, ref_logps (N, K, G, L), the last None when beta is 0; advantages (N, G); mask (N, G, L) bool, or
+    (N, K, G, L) where each mask scores other tokens; token_count: counted completion tokens of the WHOLE batch, over
+    all micro-batches and processes, so that their losses add up to the loss of the batch; under masks that score
+    other tokens their mean over K, which is taken here.
     Returns the scalar loss and sums for the log, each a share of the batch as well: `kl`, `clip_fraction` (tokens whose
     gradient is cut, on the side where it is cut), and `max_log_ratio`.
     """
     K = logps.shape[1]
     A = advantages[:, None, :, None]  # (N, 1, G, 1)
-    counted = mask[:, None]  # (N, 1, G, L)
+    counted, logps, old_logps, ref_logps = only_counted(mask, logps, old_logps, ref_logps)
     weight = counted.to(logps.dtype) / (K * token_count)
-    # tokens that do not count stay out of exp, where one overflow would be 0 * inf = NaN for the whole batch
-    logps, old_logps = logps.masked_fill(~counted, 0.0), old_logps.masked_fill(~counted, 0.0)
     log_ratio = logps - old_logps  # (N, K, G, L)
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
@@ -147,7 +156,118 @@ def diffu_grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta
     stats = {"clip_fraction": ((clipped * A < ratio * A) * weight).sum().detach(),
              "max_log_ratio": log_ratio.abs().max().detach()}
     if beta:
-        kl = kl_k3(logps, ref_logps.masked_fill(~counted, 0.0))
+        kl = kl_k3(logps, ref_logps)
         stats["kl"] = (kl * weight).sum().detach()
         per_token = per_token + beta * kl
     return (per_token * weight).sum(), stats
+
+
+# ---------------------------------------------------------------- estimators that came after
+# Each gives log-probs (N, K, G, L) in place of `one_step_logps`, from canvases that show a part of the completion. So a
+# row serves one completion: they cost G times as much and more. The prompt is not masked, as in their papers.
+
+def masked_logps(model, prompt, completions, masked, mask_id, attn_mask=None):
+    """log p(o_l | q, what is not `masked` of o) at every position: S canvases of each completion, a row for each.
+
+    prompt (N, P); completions (N, G, L); masked (N, S, G, L) bool; attn_mask (N, P). Returns (N, S, G, L). Means
+    something where `masked` is True: elsewhere the network sees the token it scores. All estimators are made of this.
+    """
+    (N, P), (_, S, G, L) = prompt.shape, masked.shape
+    noised = completions[:, None].masked_fill(masked, mask_id)  # (N, S, G, L)
+    rows = torch.cat([prompt[:, None, None].expand(N, S, G, P), noised], dim=-1).flatten(0, 2)  # (N * S * G, T)
+    if attn_mask is not None:
+        attn_mask = F.pad(attn_mask, (0, L), value=True).repeat_interleave(S * G, dim=0)  # (N * S * G, T)
+    targets = completions[:, None].expand(N, S, G, L).flatten(0, 2)  # (N * S * G, L)
+    return model(rows, attn_mask=attn_mask, keep=slice(P, P + L), targets=targets).view(N, S, G, L)
+
+
+def random_mask_ratio(shape, num_iterations, generator):
+    """UniGRPO's share of masked tokens: a random one at the first of mu updates, then evenly spaced over [0, 1).
+
+    Returns (mu, *shape). With it `masked_logps` is UniGRPO's estimator (MMaDA, arXiv:2505.15809, section 4.3): tokens
+    that are masked are scored and counted, the others are not.
+    """
+    start = torch.rand(shape, generator=generator)
+    spaced = torch.arange(num_iterations).view(-1, *[1] * len(shape)) / num_iterations
+    return (start + spaced) % 1
+
+
+def coupled_logps(model, prompt, completions, masked, ratio, mask_id, attn_mask=None):
+    """Coupled-GRPO (DiffuCoder, arXiv:2506.20639, section 4.2): a mask, its complement, and the full mask.
+
+        log pi(o_l) = [ log p(o_l | q, M...M) + w log p(o_l | q, the canvas of the two that masks l) ] / 2,
+        w = 1 / ratio where l is in the mask, 1 / (1 - ratio) where it is in the complement
+
+    So every token is scored, in a context as the sampler meets it; w makes up for how seldom l is in that mask.
+    masked (N, K, G, L) bool; ratio (N, K, G), the masking probability, in [0.2, 0.8] as in their code -> (N, K, G, L).
+    """
+    K = masked.shape[1]
+    both = torch.cat([masked, ~masked], dim=1)  # (N, 2 * K, G, L)
+    one, other = masked_logps(model, prompt, completions, both, mask_id, attn_mask).split(K, dim=1)
+    nothing = torch.zeros_like(prompt, dtype=torch.bool)[:, None]  # (N, 1, P)
+    full = one_step_logps(model, prompt, nothing, completions, mask_id, attn_mask)  # (N, 1, G, L)
+    ratio = ratio[..., None].to(full.dtype)  # (N, K, G, 1)
+    return (full + torch.where(masked, one / ratio, other / (1 - ratio))) / 2
+
+
+def trajectory_logps(model, prompt, completions, unmasked_at, snapshots, mask_id, attn_mask=None):
+    """d2's StepMerge (arXiv:2509.21474): each token scored in the snapshot of the rollout in which it was committed.
+
+    The rollout's steps are cut into `snapshots` equal parts, of which the network sees the canvas at the beginning: one
+    part is the one-step estimate, as many parts as steps are the log-probabilities the sampler drew from.
+    unmasked_at (N, G, L): the step that committed each token, of which a completion took max + 1. Returns (N, 1, G, L).
+    """
+    steps = unmasked_at.amax(-1, keepdim=True) + 1  # (N, G, 1)
+    S = min(snapshots, int(steps.max()))
+    part = unmasked_at * S // steps  # (N, G, L), in [0, S)
+    masked = part[:, None] >= torch.arange(S, device=part.device)[:, None, None]  # (N, S, G, L)
+    return masked_logps(model, prompt, completions, masked, mask_id, attn_mask).gather(1, part[:, None])
+
+
+# ---------------------------------------------------------------- objectives that came after
+# Each takes the place of `diffu_grpo_loss`, with the same arguments but for the last: completion_count, the number of
+# completions of the whole batch. A completion's log-probability is the mean over its counted tokens.
+
+def completion_means(x, counted):
+    """(N, K, G): the mean of x (N, K, G, L), which is 0 where nothing counts, over the tokens that do."""
+    return x.sum(-1) / counted.sum(-1).clamp(min=1)
+
+
+def sequence_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta, completion_count):
+    """GSPO (arXiv:2507.18071, eq. 5): one ratio for a whole completion, clipped as a whole, to minimise.
+
+        - 1 / completions * sum_i [ min(s_i A_i, clip(s_i, 1 - eps, 1 + eps) A_i) - beta mean_l k3 ],
+        s_i = exp(mean_l (logps - old_logps))
+
+    Theirs has no KL term and an epsilon of 3e-4: a mean over tokens moves less than a token.
+    """
+    counted, logps, old_logps, ref_logps = only_counted(mask, logps, old_logps, ref_logps)
+    A, weight = advantages[:, None], 1.0 / (logps.shape[1] * completion_count)  # (N, 1, G)
+    log_ratio = completion_means(logps - old_logps, counted)  # (N, K, G)
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    loss = -torch.minimum(ratio * A, clipped * A).sum() * weight
+    stats = {"clip_fraction": (clipped * A < ratio * A).sum() * weight, "max_log_ratio": log_ratio.abs().max().detach()}
+    if beta:
+        kl = completion_means(kl_k3(logps, ref_logps), counted).sum() * weight
+        stats["kl"], loss = kl.detach(), loss + beta * kl
+    return loss, stats
+
+
+def wd1_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta, completion_count):
+    """wd1 (arXiv:2507.08838): log-likelihood with positive and negative weights, no ratio and no clip, to minimise.
+
+        - 1 / groups * sum_i [ softmax(A)_i - softmax(-A)_i ] mean_l logps,  softmax over the group
+
+    epsilon is not used, old_logps only for the log. Theirs has no KL term: beta 0.
+    """
+    counted, logps, old_logps, ref_logps = only_counted(mask, logps, old_logps, ref_logps)
+    weight = 1.0 / (logps.shape[1] * completion_count)
+    push = advantages.softmax(-1) - (-advantages).softmax(-1)  # (N, G), adds up to 0 in a group
+    group_size = advantages.shape[1]
+    loss = -(push[:, None] * completion_means(logps, counted)).sum() * group_size * weight
+    stats = {"clip_fraction": torch.zeros(()), "max_log_ratio": (logps - old_logps).abs().max().detach()}
+    if beta:
+        kl = completion_means(kl_k3(logps, ref_logps), counted).sum() * weight
+        stats["kl"], loss = kl.detach(), loss + beta * kl
+    return loss, stats

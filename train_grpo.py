@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from d1 import completion_mask, diffu_grpo_loss, draw_indices, generator, group_advantages, one_step_logps
+from d1 import (completion_mask, coupled_logps, diffu_grpo_loss, draw_indices, generator, group_advantages,
+                masked_logps, one_step_logps, random_mask_ratio, sequence_loss, trajectory_logps, wd1_loss)
 from data import TASKS
 from data.tokenizer import Tokenizer
 from model import (HEAD_CHUNK, Config, LLaDA, adapters_off, add_lora, find_checkpoint, init_lora, load_weights,
@@ -36,10 +37,14 @@ DEFAULTS = {
 # task: the paper's (updates, num_iterations), from which `default_options` has steps
 UPDATES = {"gsm8k": (7700, 12), "math500": (6600, 12), "countdown": (5000, 8), "sudoku": (3800, 8)}
 
+ESTIMATORS = ("one_step", "random_mask", "coupled", "trajectory")
+OBJECTIVES = {"grpo": diffu_grpo_loss, "sequence": sequence_loss, "wd1": wd1_loss}
+
 PLANNED_PROMPT = 200  # tokens of a prompt in --plan: where the authors cut theirs
 
 # what a resumed run may not change: it decides what was learnt so far, or which draws come next
-FIXED = ("task", "data", "model", "seed", "prompts_per_step", "lora_r", "lora_targets", "dtype")
+FIXED = ("task", "data", "model", "seed", "prompts_per_step", "lora_r", "lora_targets", "dtype", "estimator",
+         "objective")
 
 
 def parse_args(argv=None):
@@ -56,7 +61,12 @@ def parse_args(argv=None):
     p.add_argument("--group_size", type=int, help="G, completions per prompt; d1 code: 6")
     p.add_argument("--num_iterations", type=int, help="mu, updates per rollout; d1 code: 12, on puzzles 8")
     p.add_argument("--masks_per_prompt", type=int, default=1, help="K, prompt masks per update; d1 algorithm 1: 1")
-    p.add_argument("--p_mask_prompt", type=float, default=0.15, help="d1: 0.15")
+    p.add_argument("--p_mask_prompt", type=float, default=0.15, help="of the one-step estimator; d1: 0.15")
+    p.add_argument("--estimator", choices=ESTIMATORS, default="one_step",
+                   help="of the log-probabilities; random_mask: UniGRPO, coupled: DiffuCoder, trajectory: d2")
+    p.add_argument("--snapshots", type=int, default=4, help="of the rollout, that the trajectory estimator scores")
+    p.add_argument("--objective", choices=sorted(OBJECTIVES), default="grpo",
+                   help="sequence: GSPO's ratio; wd1: weighted log-likelihood, its paper has --beta 0")
     p.add_argument("--epsilon", type=float, default=0.5, help="clip range of the ratio; d1 code: 0.5")
     p.add_argument("--beta", type=float, default=0.04, help="weight of the KL term, 0 drops it; d1 code: 0.04")
     p.add_argument("--lr", type=float, help="constant; d1 code: 3e-6")
@@ -80,7 +90,8 @@ def parse_args(argv=None):
 def check_options(args, config):
     """Raises ValueError naming the option and its valid values."""
     check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
-    for name in ("steps", "prompts_per_step", "num_iterations", "masks_per_prompt", "microbatch", "rollout_batch"):
+    for name in ("steps", "prompts_per_step", "num_iterations", "masks_per_prompt", "snapshots", "microbatch",
+                 "rollout_batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, found {getattr(args, name)}")
     if args.group_size < 2:
@@ -120,6 +131,22 @@ def draw_prompt_masks(lengths, width, step, mine, args):
     return masks
 
 
+def draw_completion_masks(step, mine, args):
+    """(N, mu, K, G, L) bool, completion tokens that each update's masks hide, and (N, mu, K, G), with what probability.
+
+    For the estimators that see a part of the completion; see `draw_prompt_masks`.
+    """
+    mu, shape, masks, ratios = args.num_iterations, (args.masks_per_prompt, args.group_size), [], []
+    for index in mine:
+        g = generator(args.seed, "completion mask", step, index)
+        if args.estimator == "random_mask":
+            ratios.append(random_mask_ratio(shape, mu, g))
+        else:
+            ratios.append(0.2 + 0.6 * torch.rand(mu, *shape, generator=g))  # DiffuCoder's code
+        masks.append(torch.rand(mu, *shape, args.gen_length, generator=g) < ratios[-1][..., None])
+    return torch.stack(masks), torch.stack(ratios)
+
+
 def grade(task, examples, texts):
     """Rewards of every text, dicts {part: value}, and its scores. A reward that is no finite number is an error."""
     parts, scores = [], []
@@ -141,27 +168,50 @@ class Rollout:
     attn_mask: torch.Tensor | None  # (N, P), False at padding
     prompt_masked: torch.Tensor  # (N, mu, K, P)
     completions: torch.Tensor  # (N, G, L)
-    mask: torch.Tensor  # (N, G, L), True for tokens that count
+    mask: torch.Tensor  # (N, mu, 1 or K, G, L), True for tokens that count
     advantages: torch.Tensor  # (N, G)
-    token_count: int  # counted tokens over all processes
+    counts: list  # mu numbers, what the losses are divided by, see `batch_counts`
+    unmasked_at: torch.Tensor | None = None  # (N, G, L), for the trajectory estimator
+    completion_masked: torch.Tensor | None = None  # (N, mu, K, G, L), for random_mask and coupled
+    ratio: torch.Tensor | None = None  # (N, mu, K, G), likewise
     old: torch.Tensor = None  # (N, mu, K, G, L)
     ref: torch.Tensor | None = None  # likewise
 
 
-def log_probs(policy, rollout, part, updates, mask_id):
-    """(n, m, K, G, L): one-step log-probs of a slice of the prompts under the masks of a slice of the updates."""
+def batch_counts(mask, args, procs):
+    """What the loss of each update is divided by, over all processes: counted tokens (a mean over K masks), or, where
+    the objective is one of whole completions, completions.
+    """
+    tokens = procs.sum({m: int(mask[:, m].sum()) / mask.shape[2] for m in range(mask.shape[1])})
+    completions = args.prompts_per_step * args.group_size
+    return [max(count, 1) if args.objective == "grpo" else completions for count in tokens.values()]
+
+
+def log_probs(policy, rollout, part, updates, args, mask_id):
+    """(n, m, K, G, L): log-probs of a slice of the prompts under the masks of a slice of the updates (--estimator)."""
+    given, rows = (policy, rollout.prompt[part]), rollout.completions[part]
     attn_mask = None if rollout.attn_mask is None else rollout.attn_mask[part]
-    masked = rollout.prompt_masked[part, updates]  # (n, m, K, P)
-    logps = one_step_logps(policy, rollout.prompt[part], masked.flatten(1, 2), rollout.completions[part], mask_id,
-                           attn_mask)
+    if args.estimator == "one_step":
+        masked = rollout.prompt_masked[part, updates]  # (n, m, K, P)
+        logps = one_step_logps(*given, masked.flatten(1, 2), rows, mask_id, attn_mask)
+    elif args.estimator == "trajectory":  # no draw in it: the same for all updates
+        logps = trajectory_logps(*given, rows, rollout.unmasked_at[part], args.snapshots, mask_id, attn_mask)
+        return logps[:, None].expand(-1, len(range(args.num_iterations)[updates]), -1, -1, -1)
+    else:
+        masked = rollout.completion_masked[part, updates]  # (n, m, K, G, L)
+        if args.estimator == "random_mask":
+            logps = masked_logps(*given, rows, masked.flatten(1, 2), mask_id, attn_mask)
+        else:
+            ratio = rollout.ratio[part, updates]  # (n, m, K, G)
+            logps = coupled_logps(*given, rows, masked.flatten(1, 2), ratio.flatten(1, 2), mask_id, attn_mask)
     return logps.unflatten(1, masked.shape[1:3])
 
 
 @torch.no_grad()
-def score(model, reference, rollout, slices, mask_id):
+def score(model, reference, rollout, slices, args, mask_id):
     """Set the log-probs of the rollout under the policy that made it and the reference: one batch for all masks."""
     def all_masks(policy):
-        return torch.cat([log_probs(policy, rollout, part, slice(None), mask_id) for part in slices])
+        return torch.cat([log_probs(policy, rollout, part, slice(None), args, mask_id) for part in slices])
 
     rollout.old = all_masks(model)
     if reference:
@@ -178,10 +228,10 @@ def update_policy(step, update, model, optimizer, rollout, slices, args, procs, 
     """One clipped update under its own prompt masks. Returns what is logged of it, over all processes."""
     rows = []
     for part in slices:
-        logps = log_probs(model, rollout, part, slice(update, update + 1), mask_id)[:, 0]  # (n, K, G, L)
-        loss, stats = diffu_grpo_loss(
+        logps = log_probs(model, rollout, part, slice(update, update + 1), args, mask_id)[:, 0]  # (n, K, G, L)
+        loss, stats = OBJECTIVES[args.objective](
             logps, rollout.old[part, update], None if rollout.ref is None else rollout.ref[part, update],
-            rollout.advantages[part], rollout.mask[part], args.epsilon, args.beta, rollout.token_count)
+            rollout.advantages[part], rollout.mask[part, update], args.epsilon, args.beta, rollout.counts[update])
         (loss * procs.world).backward()  # FSDP takes the mean over the processes
         rows.append({"loss": loss.item(), **{name: float(value) for name, value in stats.items()}})
     grad_norm, per_rank = update_or_stop(optimizer, args.grad_clip, f"step {step + 1}, update {update + 1}",
@@ -258,21 +308,26 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
         done = complete(model, tokenizer, [e["ids"] for e in repeated], on_step=check, fill_canvas=args.keep_sharded,
                         keys=[(args.seed, "rollout", step, i, g) for i in mine for g in range(G)], **sampling)
     completions = done.ids.view(len(batch), G, -1)  # (N, G, L)
-    mask = completion_mask(completions, tokenizer.eos_id)  # (N, G, L)
+    mask = completion_mask(completions, tokenizer.eos_id)[:, None, None].expand(-1, mu, -1, -1, -1)  # (N, mu, 1, G, L)
     clock.append(time.monotonic())
 
-    # reward, advantages, K x mu prompt masks
+    # reward, advantages, K x mu masks
     parts, scores = grade(task, repeated, done.texts)
     rewards = torch.tensor([sum(p.values()) for p in parts], device=device).view(len(batch), G)
     prompt, attn_mask = pad_left([e["ids"] for e in batch], tokenizer.eos_id, device)  # (N, P)
     prompt_masked = draw_prompt_masks([len(e["ids"]) for e in batch], prompt.shape[1], step, mine, args)
+    completion_masked = ratio = None
+    if args.estimator in ("random_mask", "coupled"):
+        completion_masked, ratio = (x.to(device) for x in draw_completion_masks(step, mine, args))
+    if args.estimator == "random_mask":  # what is not masked is not scored
+        mask = mask & completion_masked  # (N, mu, K, G, L)
     rollout = Rollout(prompt, attn_mask, prompt_masked.to(device), completions, mask, group_advantages(rewards),
-                      procs.sum({"tokens": int(mask.sum())})["tokens"])
+                      batch_counts(mask, args, procs), done.unmasked_at.view_as(completions), completion_masked, ratio)
 
     # old and reference log-probs under each of the masks
     slices = [slice(i, i + args.microbatch) for i in range(0, len(batch), args.microbatch)]
     with gathered(model, args.keep_sharded):
-        score(model, reference, rollout, slices, mask_id)
+        score(model, reference, rollout, slices, args, mask_id)
     clock.append(time.monotonic())
 
     # mu updates
@@ -298,8 +353,10 @@ def passes_of(c, args, gpus):
     mine = Processes(0, gpus, torch.device("cpu")).share(args.prompts_per_step, "--prompts_per_step")
     length, N, K = PLANNED_PROMPT + args.gen_length, args.prompts_per_step, args.masks_per_prompt
     mu = args.num_iterations
-    scored = Passes(N * K, min(args.microbatch, len(mine)) * K, length, args.gen_length, mu)
-    return {"rollout": Passes(N * args.group_size, args.rollout_batch, length, args.block_length, args.diffusion_steps),
+    G, part = args.group_size, min(args.microbatch, len(mine))
+    rows = {"one_step": K, "random_mask": K * G, "coupled": 2 * K * G + 1, "trajectory": args.snapshots * G}
+    scored = Passes(N * rows[args.estimator], part * rows[args.estimator], length, args.gen_length, mu)
+    return {"rollout": Passes(N * G, args.rollout_batch, length, args.block_length, args.diffusion_steps),
             "logps": replace(scored, times=mu * (2 if args.beta else 1)), "update": scored}
 
 

@@ -138,8 +138,9 @@ def update_phase(model, P, L, prompts, mu, lora):
     procs = Processes(0, 1, device)
 
     def ours():
-        rollout = train_grpo.Rollout(prompt, None, masked, completions, mask, advantages, int(mask.sum()))
-        train_grpo.score(model, reference, rollout, [slice(None)], c.mask_token_id)
+        rollout = train_grpo.Rollout(prompt, None, masked, completions, mask[:, None, None].expand(-1, mu, -1, -1, -1),
+                                     advantages, [int(mask.sum())] * mu)
+        train_grpo.score(model, reference, rollout, [slice(None)], args, c.mask_token_id)
         return [train_grpo.update_policy(0, m, model, optimizer, rollout, [slice(None)], args, procs, c.mask_token_id)
                 for m in range(mu)]
 

@@ -45,9 +45,9 @@ def fixed_masks(lengths, width, step, mine, args):
     return masks
 
 
-def mask_per_completion(policy, rollout, part, updates, mask_id, log_probs=train_grpo.log_probs):
+def mask_per_completion(policy, rollout, part, updates, args, mask_id, log_probs=train_grpo.log_probs):
     """The authors' layout, completion g under mask g alone: needs --masks_per_prompt equal to --group_size."""
-    logps = log_probs(policy, rollout, part, updates, mask_id)  # (n, m, G, G, L)
+    logps = log_probs(policy, rollout, part, updates, args, mask_id)  # (n, m, G, G, L)
     return logps.diagonal(dim1=2, dim2=3).movedim(-1, 2)[:, :, None]  # (n, m, 1, G, L)
 
 
@@ -56,7 +56,7 @@ def sequence_mean(logps, old_logps, ref_logps, advantages, mask, epsilon, beta, 
     parts = []
     for n, g in torch.cartesian_prod(*map(torch.arange, advantages.shape)).tolist():
         one = [x if x is None else x[n:n + 1, :, g:g + 1] for x in (logps, old_logps, ref_logps)]
-        counted = mask[n:n + 1, g:g + 1]
+        counted = mask[n:n + 1, :, g:g + 1]
         parts.append(diffu_grpo_loss(*one, advantages[n:n + 1, g:g + 1], counted, epsilon, beta,
                                      counted.sum().clamp(min=1) * advantages.numel()))
     stats = {name: (max if name.startswith("max_") else sum)(part[name] for _, part in parts) for name in parts[0][1]}
@@ -91,6 +91,11 @@ def variant(name):
 EXPERIMENTS = {
     "table": {
         "diffu-GRPO": [GRPO],
+    },
+    "estimators": {
+        "one_step": [SHORT],
+        **{name: [f"{SHORT} --estimator {name}"] for name in ("random_mask", "coupled", "trajectory")},
+        **{name: [f"{SHORT} --objective {name}"] for name in ("sequence", "wd1")},
     },
     "ablations": {
         "as default": [SHORT],
@@ -175,7 +180,8 @@ def collect(rows, tasks, seeds):
 def show(found):
     """The rows as a table for the README, in per cent."""
     for row in found:
-        cells = [f"{name} {100 * mean:.1f} ± {100 * row['spread'].get(name, 0):.1f}" for name, mean in row["mean"].items()]
+        cells = [f"{name} {100 * mean:.1f} ± {100 * row['spread'].get(name, 0):.1f}"
+                 for name, mean in row["mean"].items()]
         print(f"| {row['task']} | {row['row']} | {' | '.join(cells)} |")
 
 

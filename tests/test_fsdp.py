@@ -86,11 +86,11 @@ def a_rollout(model, procs, args, G=3, P=7, L=9):
     attn_mask = torch.arange(P) >= draw(4, (N, 1))
     mask, advantages = completion_mask(completions, TOKENIZER.eos_id), group_advantages(draw(5, (N, G)).float())
     mine = list(procs.share(N, ""))
-    rollout = train_grpo.Rollout(prompt[mine], attn_mask[mine], masked[mine], completions[mine], mask[mine],
-                                 advantages[mine], int(mask.sum()))
+    rollout = train_grpo.Rollout(prompt[mine], attn_mask[mine], masked[mine], completions[mine],
+                                 mask[mine][:, None, None], advantages[mine], [int(mask.sum())])
     every = slice(0, len(mine))
     with torch.no_grad(), gathered(model):
-        now = train_grpo.log_probs(model, rollout, every, slice(None), TOKENIZER.mask_id)  # (N, 1, K, G, L)
+        now = train_grpo.log_probs(model, rollout, every, slice(None), args, TOKENIZER.mask_id)  # (N, 1, K, G, L)
     noise = torch.randn(2, N, *now.shape[1:], generator=generator("drift"))[:, mine]
     rollout.old, rollout.ref = now + 0.4 * noise
     return rollout

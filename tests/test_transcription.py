@@ -67,10 +67,11 @@ def test_our_update_phase_under_the_same_masks():
     want = transcription.update_phase(
         models[0], lambda: nullcontext(frozen), optimizers[0], prompt, masked, completions, data["advantages"], mask,
         MASK_ID, epsilon=args.epsilon, beta=args.beta, grad_clip=args.grad_clip)
-    rollout = train_grpo.Rollout(prompt, None, masked.transpose(0, 1)[:, :, None], completions[:, None], mask[:, None],
-                                 data["advantages"][:, None], int(mask.sum()))
+    rollout = train_grpo.Rollout(prompt, None, masked.transpose(0, 1)[:, :, None], completions[:, None],
+                                 mask[:, None, None, None].expand(-1, 4, -1, -1, -1), data["advantages"][:, None],
+                                 [int(mask.sum())] * 4)
     parts = [slice(0, 4), slice(4, 6)]
-    train_grpo.score(models[1], lambda: nullcontext(frozen), rollout, parts, MASK_ID)
+    train_grpo.score(models[1], lambda: nullcontext(frozen), rollout, parts, args, MASK_ID)
     got = [train_grpo.update_policy(0, m, models[1], optimizers[1], rollout, parts, args,
                                     Processes(0, 1, torch.device("cpu")), MASK_ID)["loss"] for m in range(4)]
     assert got == pytest.approx(want, abs=1e-5) and len(set(want)) == 4
