@@ -29,9 +29,9 @@ from d1 import diffu_grpo_loss, generator  # noqa: E402
 RUNS = "runs/experiments"
 TASKS = ("countdown", "sudoku")
 LAST = 5  # a run's result: the mean over its last steps
-GRPO = "train_grpo.py --task {task} --seed {seed}"
+GRPO = "train_grpo.py --task {task} --seed {seed} --eval_count 0"
 EVALUATE = "sample.py --task {task} --count 256"
-SHORT = GRPO + " --prompts_per_step 8 --eval_count 0"  # the studies': half the prompts, no evaluation
+SHORT = GRPO + " --prompts_per_step 8"  # the studies': half the prompts
 
 
 # ---------------------------------------------------------------- variants: what a fork would change
