@@ -335,7 +335,7 @@ class Run:
         changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
         changed.pop("resume", None)
         for name in fixed:
-            if name in changed:
+            if name in changed and name in before:  # an option that came later has had its default
                 raise ValueError(f"--{name} was {changed[name][0]!r} in {self.out} and is {changed[name][1]!r}: a "
                                  "resumed run cannot change it, name another --out")
         for name, (old, new) in changed.items():

@@ -313,7 +313,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
 
     # reward, advantages, K x mu masks
     parts, scores = grade(task, repeated, done.texts)
-    rewards = torch.tensor([sum(p.values()) for p in parts], device=device).view(len(batch), G)
+    rewards = torch.tensor([float(sum(p.values())) for p in parts], device=device).view(len(batch), G)
     prompt, attn_mask = pad_left([e["ids"] for e in batch], tokenizer.eos_id, device)  # (N, P)
     prompt_masked = draw_prompt_masks([len(e["ids"]) for e in batch], prompt.shape[1], step, mine, args)
     completion_masked = ratio = None

@@ -131,7 +131,7 @@ def resolve(commands, task, seed):
 
 
 def run(command, out, threads):
-    """One command with --out, unless it has run; its output goes to <out>.log. Raises RuntimeError where it fails."""
+    """One command with --out, unless it has run; its output goes to <out>.log. A failure ends the experiment."""
     if (ROOT / out / "summary.json").exists():
         return
     (ROOT / out).parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def run(command, out, threads):
         code = subprocess.run(words, cwd=ROOT, stdout=log, stderr=log,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
     if code:
-        raise RuntimeError(f"{command} failed, see {out}.log")
+        raise SystemExit(f"error: {command} failed, see {out}.log")
     print("done:", command, flush=True)
 
 
