@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -30,8 +31,10 @@ RUNS = "runs/experiments"
 TASKS = ("countdown", "sudoku")
 LAST = 5  # a run's result: the mean over its last steps
 GRPO = "train_grpo.py --task {task} --seed {seed} --eval_count 0"
-EVALUATE = "sample.py --task {task} --count 256"
-SHORT = GRPO + " --prompts_per_step 8"  # the studies': half the prompts
+SHORT = GRPO + " --prompts_per_step 8"  # half the default
+EVALUATE = "sample.py --task {task} --count 256 --gen_length 24 32 48 --model "
+SFT = ("train_sft.py --task countdown sudoku --split corrected --count 500 --steps 80 --batch_size 32 --lr 1e-4 "
+       "--warmup 0 --seed {seed}")
 
 
 # ---------------------------------------------------------------- variants: what a fork would change
@@ -90,7 +93,10 @@ def variant(name):
 
 EXPERIMENTS = {
     "table": {
-        "diffu-GRPO": [GRPO],
+        "base": [EVALUATE + "data/tiny"],
+        "+ SFT": [SFT, EVALUATE + "<0>/step_000080"],
+        "+ diffu-GRPO": [SHORT, EVALUATE + "<0>/step_000020"],
+        "+ SFT + diffu-GRPO": [SFT, SHORT + " --model <0>/step_000080", EVALUATE + "<1>/step_000020"],
     },
     "estimators": {
         "one_step": [SHORT],
@@ -113,10 +119,10 @@ EXPERIMENTS = {
 # ---------------------------------------------------------------- running and collecting
 
 def out_of(command):
-    """The folder of a command's output, named after its words."""
+    """The folder of a command's output, named after its words, short enough for a file system."""
     given = [word for word in shlex.split(command) if word not in ("tests/experiments.py", "variant")]
     name = "_".join(word.removeprefix("--").removesuffix(".py") for word in given).replace("/", "-")
-    return f"{RUNS}/{name}"
+    return f"{RUNS}/{name}" if len(name) < 160 else f"{RUNS}/{name[:150]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
 def resolve(commands, task, seed):
