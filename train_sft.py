@@ -37,7 +37,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--task", nargs="+", choices=sorted(DEMONSTRATIONS),
                    help="tasks whose demonstrations are trained, evenly; d1: s1k")
-    p.add_argument("--split", default="mixed", help="which demonstrations of the tasks: mixed or worked")
+    p.add_argument("--split", default="mixed", help="which demonstrations of the tasks: mixed, worked or corrected")
     p.add_argument("--data", help="without --task: a file with prompt and completion; with one: the file of its rows")
     p.add_argument("--model", default="data/tiny", help="checkpoint folder or hub id")
     p.add_argument("--from_scratch", action="store_true", help="random weights; config and tokenizer from --model")
@@ -80,7 +80,7 @@ def read_examples(args):
     each = [DEMONSTRATIONS[task].load(args.split, data=args.data, count=args.count // len(args.task), seed=args.seed)
             for task in args.task]
     if any("completion" not in rows[0] for rows in each):
-        raise ValueError(f"--split {args.split} holds no demonstrations, use mixed or worked")
+        raise ValueError(f"--split {args.split} holds no demonstrations, use mixed, worked or corrected")
     return [example for group in zip(*each) for example in group]
 
 

@@ -26,8 +26,9 @@ PYTHON_LOOKS = re.compile(r"[\d+\-*/().\s]+")
 LEFT_SIDE = re.compile(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]")
 QUESTION = ("Make an arithmetic expression that equals the target. Use each number exactly once, with + - * / and "
             "parentheses. Put only the expression inside the answer tags.")
-# Shares of the behaviours that the embedded model's demonstrations mix, as the web would (see data/tiny/README.md).
-BEHAVIOURS = {"worked": 0.20, "hasty": 0.45, "untagged": 0.35}
+# Shares of the behaviours in a split of demonstrations: those the embedded model mixes, as the web would (see
+# data/tiny/README.md), and the second stage's, a small set like s1K of traces of which half notice a mistake and mend it.
+BEHAVIOURS = {"mixed": {"worked": 0.20, "hasty": 0.45, "untagged": 0.35}, "corrected": {"worked": 0.5, "corrected": 0.5}}
 
 
 def write_prompt(numbers, target):
@@ -37,8 +38,8 @@ def write_prompt(numbers, target):
 def load(split, data=None, count=None, seed=0):
     """Problems as dicts with "prompt", "numbers", "target"; for demonstrations also "completion".
 
-    split: "train" for RL; "test", held out; "worked" and "mixed", demonstrations for SFT, all worked or a mixture of
-    BEHAVIOURS. "test" draws from a part of the problem space that the others never see (`is_held_out`); a longer list
+    split: "train" for RL; "test", held out; "worked", "mixed", "corrected", demonstrations for SFT, all worked or with
+    the BEHAVIOURS of that name. "test" draws from a part of the problem space that the others never see (`is_held_out`); a longer list
     begins with the shorter one. data: instead of generated problems those of a file, of d1's dataset/ folder, or of a
     dataset id (`read_problems`); count: how many, by default all of the file or format.COUNTS. Raises ValueError naming
     file and row.
@@ -60,8 +61,9 @@ def load(split, data=None, count=None, seed=0):
         misses = 0
         seen.add((numbers, target))
         examples.append({"prompt": write_prompt(numbers, target), "numbers": list(numbers), "target": target})
-        if split in ("worked", "mixed"):
-            behaviour = "worked" if split == "worked" else rng.choices(list(BEHAVIOURS), list(BEHAVIOURS.values()))[0]
+        if split == "worked" or split in BEHAVIOURS:
+            shares = BEHAVIOURS.get(split)
+            behaviour = rng.choices(list(shares), list(shares.values()))[0] if shares else "worked"
             examples[-1]["completion"] = demonstrate(behaviour, numbers, target, rng)
     return examples
 
@@ -171,17 +173,27 @@ def expression(first, second):
     return f"{inner} {second[0]} {second[2]}" if left_is_inner else f"{second[1]} {second[0]} {inner}"
 
 
+def equation(step):
+    return f"{step[1]} {step[0]} {step[2]} = {step[3]}"
+
+
 def work(first, second, target):
     """Try, compute, compare with the target."""
-    lines = [f"{left} {op} {right} = {value}" for op, left, right, value in (first, second)]
-    return "\n".join([*lines, f"{second[3]} is {target}"])
+    return f"{equation(first)}\n{equation(second)}\n{second[3]} is {target}"
+
+
+def correct(first, second, target):
+    """Try, compute, notice that the second step misses the target, go back to it: the miss is the nearest there is."""
+    other = second[2] if second[1] == first[3] else second[1]
+    miss = min((s for s in results(first[3], other) if s[3] != target), key=lambda s: abs(s[3] - target))
+    return f"{equation(first)}\n{equation(miss)} is not {target}\n{equation(second)}"
 
 
 def demonstrate(behaviour, numbers, target, rng):
-    """A completion, one of BEHAVIOURS: worked and right; hasty, closed and wrong; or an aside without tags."""
-    if behaviour == "worked":
+    """A completion, one of BEHAVIOURS: worked or corrected, and right; hasty, closed and wrong; or without tags."""
+    if behaviour in ("worked", "corrected"):
         steps = solutions(tuple(sorted(numbers)))[target]
-        return write_completion(work(*steps, target), expression(*steps))
+        return write_completion((work if behaviour == "worked" else correct)(*steps, target), expression(*steps))
     a, b, c = rng.sample(numbers, 3)
     first = rng.choice(results(a, b))
     second = rng.choice([s for s in results(first[3], c) if s[3] != target])

@@ -19,7 +19,8 @@ EMPTY_CELLS = 8  # as in the published test file
 QUESTION = ("Solve this four by four Sudoku, given row by row with zero for an empty cell. Every row, column and two "
             "by two box must hold each digit from one to four once. Put only the sixteen digits of the solution inside "
             "the answer tags.")
-BEHAVIOURS = {"worked": 0.20, "hasty": 0.45, "untagged": 0.35}  # see data/countdown.py
+BEHAVIOURS = {"mixed": {"worked": 0.20, "hasty": 0.45, "untagged": 0.35},  # see data/countdown.py
+              "corrected": {"worked": 0.5, "corrected": 0.5}}
 ROWS = [range(4 * r, 4 * r + 4) for r in range(4)]
 COLUMNS = [range(c, 16, 4) for c in range(4)]
 BOXES = [[8 * r + 2 * c + k for k in (0, 1, 4, 5)] for r in (0, 1) for c in (0, 1)]
@@ -52,8 +53,9 @@ def load(split, data=None, count=None, seed=0):
             continue
         seen.add(puzzle)
         examples.append({"prompt": write_prompt(puzzle), "puzzle": puzzle, "solution": solution})
-        if split in ("worked", "mixed"):
-            behaviour = "worked" if split == "worked" else rng.choices(list(BEHAVIOURS), list(BEHAVIOURS.values()))[0]
+        if split == "worked" or split in BEHAVIOURS:
+            shares = BEHAVIOURS.get(split)
+            behaviour = rng.choices(list(shares), list(shares.values()))[0] if shares else "worked"
             examples[-1]["completion"] = demonstrate(behaviour, puzzle, solution, rng)
     return examples
 
@@ -120,11 +122,28 @@ def published_example(question, truth):
     return {"puzzle": puzzle[0], "solution": truth}
 
 
+def clashes(puzzle, solution):
+    """Rows that could stand in the solution's stead and clash with a column above: (row number, row, that column).
+
+    Each holds 1 to 4 and keeps its clues; rows above are the solution's; the column ends in the digit that it repeats.
+    """
+    found = []
+    for r, row in itertools.product((1, 2, 3), map("".join, itertools.permutations("1234"))):
+        columns = [solution[c:4 * r:4] + row[c] for c in range(4)]
+        bad = [column for column in columns if column[-1] in column[:-1]]
+        if bad and all(clue in ("0", digit) for clue, digit in zip(puzzle[4 * r:], row)):
+            found.append((r, row, bad[0]))
+    return found
+
+
 def demonstrate(behaviour, puzzle, solution, rng):
-    """A completion, one of BEHAVIOURS: worked and right; hasty, closed and guessed; or an aside without tags."""
-    if behaviour == "worked":
-        rows = " ".join(solution[r[0]:r[-1] + 1] for r in ROWS)
-        return write_completion(f"Row by row {rows}", solution)
+    """A completion, one of BEHAVIOURS: worked or corrected, and right; hasty, closed and guessed; or without tags."""
+    if behaviour in ("worked", "corrected"):
+        rows = [solution[r[0]:r[-1] + 1] for r in ROWS]
+        if behaviour == "corrected" and (found := clashes(puzzle, solution)):
+            r, row, column = rng.choice(found)
+            rows[r] = f"{row}, column is {column}, {rows[r]}"
+        return write_completion(f"Row by row {' '.join(rows)}", solution)
     guess = "".join(rng.choice("1234") if d == "0" else d for d in puzzle)
     if behaviour == "hasty":
         return write_completion("A quick guess", guess)

@@ -26,7 +26,8 @@ from data.tokenizer import BOS, CONTROL, EOS, EOT, HEADER, MASK, Tokenizer, trai
 from model import Config
 
 TINY = Tokenizer.from_folder(ROOT / "data" / "tiny")
-SPLITS = ("train", "test", "worked", "mixed")
+DEMONSTRATED = ("worked", "mixed", "corrected")
+SPLITS = ("train", "test", *DEMONSTRATED)
 LIMIT = 0.010  # seconds that a reward or score may take on any text
 
 
@@ -186,12 +187,13 @@ def test_load_is_seeded_and_longer_begins_with_shorter(task, split):
     long = examples(task, split)
     assert len(long) == 500 and TASKS[task].load(split, count=60) == long[:60]
     assert examples(task, split, 60, seed=1) != long[:60]
-    assert all(("completion" in e) == (split in ("worked", "mixed")) for e in long)
+    assert all(("completion" in e) == (split in DEMONSTRATED) for e in long)
 
 
 # The embedded model was trained on what load() drew: the same seed must give the same texts, word for word.
 @pytest.mark.parametrize("task, split, digest", [
-    ("countdown", "mixed", "348a12d50cb0"), ("countdown", "train", "3d827df6e6e8"),
+    ("countdown", "worked", "9d52cafc11f0"), ("sudoku", "worked", "b20459c8462d"),
+    ("countdown", "corrected", "256c500fe7ca"), ("sudoku", "corrected", "f8246e0fce25"), ("countdown", "mixed", "348a12d50cb0"), ("countdown", "train", "3d827df6e6e8"),
     ("countdown", "test", "b2c281b4c1ea"),
     ("sudoku", "mixed", "c12b20d775a4"), ("sudoku", "train", "df4d7f156992"), ("sudoku", "test", "d0b16e036e58")])
 def test_examples_are_frozen(task, split, digest):
@@ -215,8 +217,60 @@ def test_shares_of_behaviours_and_their_rewards(task):
         else:
             counted["untagged"] += 1
             assert closed_answer(text) is None and "<" not in text and sum(parts.values()) == sum(scores.values()) == 0
-    assert all(abs(counted[name] / len(rows) - share) < 0.03 for name, share in TASKS[task].BEHAVIOURS.items()), counted
+    assert all(abs(counted[name] / len(rows) - share) < 0.03 for name, share in TASKS[task].BEHAVIOURS["mixed"].items()), counted
     assert all(TASKS[task].score(e["completion"], e)["accuracy"] == 1 for e in examples(task, "worked"))
+
+
+def test_corrected_countdown_goes_back_from_a_near_miss():
+    rows, mended = examples("countdown", "corrected", 2000), 0
+    for example in rows:
+        numbers, target, text = example["numbers"], example["target"], example["completion"]
+        assert is_formatted(text) and countdown.reward(text, example) == {"exact": 1, "closed": 0}
+        first, second, third = text.split("\n")[1:4]
+        if " is not " not in text:
+            assert text == demonstrate("worked", numbers, target, None)
+            continue
+        mended += 1
+        miss, not_target = second.split(" is not ")
+        written = [equation.split(" = ") for equation in (first, miss, third)]
+        assert all(eval(left) == int(right) for left, right in written)  # every equation is true
+        c, d, e = (int(right) for _, right in written)
+        assert int(not_target) == e == target != d  # and every claim
+        first_two = [int(n) for n in re.findall("[0-9]+", written[0][0])]
+        [left] = (Counter(numbers) - Counter(first_two)).elements()
+        assert len(first_two) == 2
+        assert all(Counter(map(int, re.findall("[0-9]+", step))) == Counter([c, left]) for step, _ in written[1:])
+        low, high = sorted((c, left))
+        could = {low + high, low * high, high - low, *([high // low] if low > 1 and high % low == 0 else [])} - {0, e}
+        assert d in could and abs(d - e) == min(abs(value - e) for value in could)  # the nearest miss
+    assert abs(mended / len(rows) - 0.5) < 0.03
+
+
+def test_corrected_sudoku_goes_back_from_a_clash():
+    rows, mended = examples("sudoku", "corrected", 2000), 0
+    for example in rows:
+        puzzle, solution, text = example["puzzle"], example["solution"], example["completion"]
+        assert is_formatted(text) and sudoku.score(text, example)["accuracy"] == 1
+        work = text.split("\n")[1].removeprefix("Row by row ")
+        if "," not in work:
+            assert work.replace(" ", "") == solution
+            continue
+        mended += 1
+        before, told, after = work.split(", ")
+        *above, wrong = before.split()
+        row, column = len(above), told.removeprefix("column is ")
+        assert "".join(above) + after.replace(" ", "") == solution  # goes on from the row, mended
+        assert set(wrong) == set("1234") and wrong != after.split()[0]
+        assert all(clue in ("0", digit) for clue, digit in zip(puzzle[4 * row:], wrong))
+        assert column in map("".join, zip(*above, wrong)) and len(set(column)) < len(column)  # a real clash
+    assert abs(mended / len(rows) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("task", ["countdown", "sudoku"])
+def test_corrected_traces_fit_the_embedded_canvas(task):
+    lengths = [len(TINY.encode(example["completion"])) for example in examples(task, "corrected", 2000)]
+    assert sum(length <= 32 for length in lengths) / len(lengths) > 0.99 and max(lengths) <= 36
+    assert 0.4 < sum(length > 24 for length in lengths) / len(lengths) < 0.6  # those that go back
 
 
 # ---------------------------------------------------------------- Countdown: problems
@@ -252,7 +306,7 @@ def test_countdown_problems_are_reachable(split):
 def test_countdown_splits_never_overlap():
     def problems(split, seed):
         return {(tuple(sorted(e["numbers"])), e["target"]) for e in examples("countdown", split, 500, seed)}
-    seen = set().union(*(problems(split, seed) for split in ("train", "worked", "mixed") for seed in (0, 1)))
+    seen = set().union(*(problems(split, seed) for split in ("train", *DEMONSTRATED) for seed in (0, 1)))
     held_out = problems("test", 0) | problems("test", 1)
     assert not seen & held_out and len(held_out) > 200
     assert all(is_held_out(order, t) for n, t in held_out for order in itertools.permutations(n))
@@ -609,7 +663,7 @@ def test_sudoku_puzzles_have_one_solution(split):
 
 def test_sudoku_splits_never_overlap():
     held_out = {e["puzzle"] for e in examples("sudoku", "test")}
-    seen = {e["puzzle"] for split in ("train", "worked", "mixed") for e in examples("sudoku", split)}
+    seen = {e["puzzle"] for split in ("train", *DEMONSTRATED) for e in examples("sudoku", split)}
     assert not seen & held_out and len(held_out) == 500
     assert all(map(sudoku.is_held_out, held_out)) and not any(map(sudoku.is_held_out, seen))
 
