@@ -62,8 +62,8 @@ def load(split, data=None, count=None, seed=0):
         misses = 0
         seen.add((numbers, target))
         examples.append({"prompt": write_prompt(numbers, target), "numbers": list(numbers), "target": target})
-        if split == "worked" or split in BEHAVIOURS:
-            shares = BEHAVIOURS.get(split)
+        shares = BEHAVIOURS.get(split)
+        if shares or split == "worked":
             behaviour = rng.choices(list(shares), list(shares.values()))[0] if shares else "worked"
             examples[-1]["completion"] = demonstrate(behaviour, numbers, target, rng)
     return examples

@@ -53,8 +53,8 @@ def load(split, data=None, count=None, seed=0):
             continue
         seen.add(puzzle)
         examples.append({"prompt": write_prompt(puzzle), "puzzle": puzzle, "solution": solution})
-        if split == "worked" or split in BEHAVIOURS:
-            shares = BEHAVIOURS.get(split)
+        shares = BEHAVIOURS.get(split)
+        if shares or split == "worked":
             behaviour = rng.choices(list(shares), list(shares.values()))[0] if shares else "worked"
             examples[-1]["completion"] = demonstrate(behaviour, puzzle, solution, rng)
     return examples
