@@ -149,6 +149,8 @@ def add_parallel_options(p):
     p.add_argument("--compile", action="store_true", help="compile the blocks")
     p.add_argument("--plan", type=int, nargs="?", const=0, metavar="GPUS", help="only tell memory, cost and time of a "
                    "step on so many GPUs (default: torchrun's), from config.json alone")
+    p.add_argument("--tensorboard", action="store_true", help="metrics.jsonl also as a TensorBoard log, in the same "
+                   "folder: tensorboard --logdir runs")
     p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation, trained weights are kept in "
@@ -296,6 +298,7 @@ class Run:
         """
         self.out, self.procs = Path(out), procs
         self.options = json.loads(json.dumps(options, default=str))
+        self.writer = import_writer() if options.get("tensorboard") else None
         old = self.out / "config.json"
         taken = any(procs.gather([old.exists()]))  # everyone has looked before the main process writes
         if taken and not resume:
@@ -371,6 +374,8 @@ class Run:
             if path.exists():
                 kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= logged]
                 write_text(path, "".join(line + "\n" for line in kept))
+        if self.writer and self.procs.is_main:
+            self.writer = self.writer(self.out, purge_step=logged + 1)  # likewise drops what lies behind
         self.state, self.start = state, time.monotonic() - state["seconds"]
         return state
 
@@ -380,10 +385,16 @@ class Run:
         return time.monotonic() - self.start
 
     def log(self, file, rows):
-        """Append dicts to `file` as JSON lines."""
+        """Append dicts to `file` as JSON lines; those of metrics.jsonl also to TensorBoard where that was asked for."""
         if self.procs.is_main:
             with open(self.out / file, "a", encoding="utf-8") as lines:
                 lines.write(jsonl(rows))
+            for row in rows if self.writer and file == "metrics.jsonl" else ():
+                phases = {f"seconds/{phase}": value for phase, value in row.get("seconds", {}).items()}
+                for name, value in (row | phases).items():
+                    if name not in ("step", "seconds"):
+                        self.writer.add_scalar(name, value, row["step"])
+                self.writer.flush()
 
     def save(self, keep=2):
         """Write the checkpoint step_<step>/: weights, optimizer, state, and the files of others.
@@ -440,6 +451,15 @@ class Run:
     def finish(self, summary):
         if self.procs.is_main:
             write_json(self.out / "summary.json", summary)
+
+
+def import_writer():
+    """TensorBoard's SummaryWriter. Raises ValueError in one line where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package of its own: pip install tensorboard") from None
+    return SummaryWriter
 
 
 def jsonl(rows):

@@ -45,7 +45,8 @@ def read_run(folder):
 
 def group_runs(runs):
     """{label: [rows of each seed]}: a label names the options in which the groups differ, seed and folder aside."""
-    options = [{k: v for k, v in given.items() if k not in ("seed", "out", "resume")} for given, _ in runs]
+    aside = ("seed", "out", "resume", "tensorboard")
+    options = [{k: v for k, v in given.items() if k not in aside} for given, _ in runs]
     differing = [k for k in dict.fromkeys(k for o in options for k in o) if len({repr(o.get(k)) for o in options}) > 1]
     groups = {}
     for given, (_, rows) in zip(options, runs):

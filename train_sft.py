@@ -269,7 +269,8 @@ def main(args):
         summary = {"task": name, "seed": args.seed, "held_out_loss_before": before, "held_out_loss_after": after,
                    "steps": args.steps, "minutes": run.seconds / 60, "device": str(device)}
         run.finish(summary)
-        procs.print(f"held-out loss {before:.3f} -> {after:.3f}; the model is in {run.out}/step_{args.steps:06d}")
+        procs.print(f"held-out loss {before:.3f} -> {after:.3f}, in {summary['minutes']:.1f} minutes")
+        procs.print(f"the model is in {run.out}/step_{args.steps:06d}, the log in {run.out}/metrics.jsonl")
         return summary
 
 

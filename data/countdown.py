@@ -26,9 +26,10 @@ PYTHON_LOOKS = re.compile(r"[\d+\-*/().\s]+")
 LEFT_SIDE = re.compile(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]")
 QUESTION = ("Make an arithmetic expression that equals the target. Use each number exactly once, with + - * / and "
             "parentheses. Put only the expression inside the answer tags.")
-# Shares of the behaviours in a split of demonstrations: those the embedded model mixes, as the web would (see
-# data/tiny/README.md), and the second stage's, a small set like s1K of traces of which half notice a mistake and mend it.
-BEHAVIOURS = {"mixed": {"worked": 0.20, "hasty": 0.45, "untagged": 0.35}, "corrected": {"worked": 0.5, "corrected": 0.5}}
+# Shares of the behaviours in a split of demonstrations. "mixed" is what the embedded model knows, as a model of the web
+# would (data/tiny/README.md); "corrected" is the second stage, in which every other trace goes wrong and mends itself.
+BEHAVIOURS = {"mixed": {"worked": 0.20, "hasty": 0.45, "untagged": 0.35},
+              "corrected": {"worked": 0.50, "corrected": 0.50}}
 
 
 def write_prompt(numbers, target):
@@ -39,10 +40,10 @@ def load(split, data=None, count=None, seed=0):
     """Problems as dicts with "prompt", "numbers", "target"; for demonstrations also "completion".
 
     split: "train" for RL; "test", held out; "worked", "mixed", "corrected", demonstrations for SFT, all worked or with
-    the BEHAVIOURS of that name. "test" draws from a part of the problem space that the others never see (`is_held_out`); a longer list
-    begins with the shorter one. data: instead of generated problems those of a file, of d1's dataset/ folder, or of a
-    dataset id (`read_problems`); count: how many, by default all of the file or format.COUNTS. Raises ValueError naming
-    file and row.
+    the BEHAVIOURS of that name. "test" draws from a part of the problem space that the others never see
+    (`is_held_out`); a longer list begins with the shorter one. data: instead of generated problems those of a file, of
+    d1's dataset/ folder, or of a dataset id (`read_problems`); count: how many, by default all of the file or
+    format.COUNTS. Raises ValueError naming file and row.
     """
     if data is not None:
         return read_problems(find_file(data, NAMES.get(split, ()), HUB), split)[:count]
@@ -61,8 +62,8 @@ def load(split, data=None, count=None, seed=0):
         misses = 0
         seen.add((numbers, target))
         examples.append({"prompt": write_prompt(numbers, target), "numbers": list(numbers), "target": target})
-        if split == "worked" or split in BEHAVIOURS:
-            shares = BEHAVIOURS.get(split)
+        shares = BEHAVIOURS.get(split)
+        if shares or split == "worked":
             behaviour = rng.choices(list(shares), list(shares.values()))[0] if shares else "worked"
             examples[-1]["completion"] = demonstrate(behaviour, numbers, target, rng)
     return examples

@@ -20,7 +20,7 @@ QUESTION = ("Solve this four by four Sudoku, given row by row with zero for an e
             "by two box must hold each digit from one to four once. Put only the sixteen digits of the solution inside "
             "the answer tags.")
 BEHAVIOURS = {"mixed": {"worked": 0.20, "hasty": 0.45, "untagged": 0.35},  # see data/countdown.py
-              "corrected": {"worked": 0.5, "corrected": 0.5}}
+              "corrected": {"worked": 0.50, "corrected": 0.50}}
 ROWS = [range(4 * r, 4 * r + 4) for r in range(4)]
 COLUMNS = [range(c, 16, 4) for c in range(4)]
 BOXES = [[8 * r + 2 * c + k for k in (0, 1, 4, 5)] for r in (0, 1) for c in (0, 1)]
@@ -53,8 +53,8 @@ def load(split, data=None, count=None, seed=0):
             continue
         seen.add(puzzle)
         examples.append({"prompt": write_prompt(puzzle), "puzzle": puzzle, "solution": solution})
-        if split == "worked" or split in BEHAVIOURS:
-            shares = BEHAVIOURS.get(split)
+        shares = BEHAVIOURS.get(split)
+        if shares or split == "worked":
             behaviour = rng.choices(list(shares), list(shares.values()))[0] if shares else "worked"
             examples[-1]["completion"] = demonstrate(behaviour, puzzle, solution, rng)
     return examples

@@ -193,7 +193,8 @@ def test_load_is_seeded_and_longer_begins_with_shorter(task, split):
 # The embedded model was trained on what load() drew: the same seed must give the same texts, word for word.
 @pytest.mark.parametrize("task, split, digest", [
     ("countdown", "worked", "9d52cafc11f0"), ("sudoku", "worked", "b20459c8462d"),
-    ("countdown", "corrected", "256c500fe7ca"), ("sudoku", "corrected", "f8246e0fce25"), ("countdown", "mixed", "348a12d50cb0"), ("countdown", "train", "3d827df6e6e8"),
+    ("countdown", "corrected", "256c500fe7ca"), ("sudoku", "corrected", "f8246e0fce25"),
+    ("countdown", "mixed", "348a12d50cb0"), ("countdown", "train", "3d827df6e6e8"),
     ("countdown", "test", "b2c281b4c1ea"),
     ("sudoku", "mixed", "c12b20d775a4"), ("sudoku", "train", "df4d7f156992"), ("sudoku", "test", "d0b16e036e58")])
 def test_examples_are_frozen(task, split, digest):
@@ -217,7 +218,8 @@ def test_shares_of_behaviours_and_their_rewards(task):
         else:
             counted["untagged"] += 1
             assert closed_answer(text) is None and "<" not in text and sum(parts.values()) == sum(scores.values()) == 0
-    assert all(abs(counted[name] / len(rows) - share) < 0.03 for name, share in TASKS[task].BEHAVIOURS["mixed"].items()), counted
+    shares = TASKS[task].BEHAVIOURS["mixed"]
+    assert all(abs(counted[name] / len(rows) - share) < 0.03 for name, share in shares.items()), counted
     assert all(TASKS[task].score(e["completion"], e)["accuracy"] == 1 for e in examples(task, "worked"))
 
 

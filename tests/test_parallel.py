@@ -7,12 +7,15 @@ import stat
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
 import parallel
+import train_grpo
+import train_sft
 from parallel import Processes, Run, Signals, Stopped, checkpoint_fault, load_optimizer, save_optimizer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -221,6 +224,68 @@ def test_the_log_is_cut_back_to_the_checkpoint(run, unlogged, kept):
     state = restore(Run(run.out, OPTIONS, ALONE, resume=True))
     assert (state["step"], state["unlogged"]) == (2, unlogged)
     assert [json.loads(line)["step"] for line in (run.out / "metrics.jsonl").read_text().split("\n")[:-1]] == kept
+
+
+METRICS = [{"step": step, "loss": 1.0 / step, "seconds": {"rollout": 2.0, "update": 3.0}} for step in (1, 2, 3)]
+
+
+def log_and_resume(out):
+    """A run that logs three steps with --tensorboard, loses what lies behind its checkpoint of the first, goes on."""
+    run = Run(out, {**OPTIONS, "tensorboard": True}, ALONE)
+    restore(run)
+    run.log("metrics.jsonl", METRICS)
+    run.log("samples.jsonl", [{"step": 1, "completion": "no number"}])
+    save(run, 1)
+    run.lock.close()
+    run = Run(out, {**OPTIONS, "tensorboard": True}, ALONE, resume=True)
+    restore(run)
+    run.log("metrics.jsonl", [{"step": 2, "loss": 7.0}])
+    return run
+
+
+def test_metrics_go_to_tensorboard_too(tmp_path, monkeypatch):
+    calls = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            calls.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            calls.append(scalar)
+
+        def flush(self):
+            calls.append("flush")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    log_and_resume(tmp_path / "run")
+    steps = [[("loss", 1.0 / step, step), ("seconds/rollout", 2.0, step), ("seconds/update", 3.0, step), "flush"]
+             for step in (1, 2, 3)]
+    assert calls == [(tmp_path / "run", 1), *sum(steps, []), (tmp_path / "run", 2), ("loss", 7.0, 2), "flush"]
+    calls.clear()
+
+    class Other(Processes):
+        def gather(self, items):
+            return items
+    other = Run(tmp_path / "other", {**OPTIONS, "tensorboard": True}, Other(1, 2, torch.device("cpu")))
+    restore(other)
+    other.log("metrics.jsonl", METRICS)
+    assert not calls  # only the main process writes
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                 reason="tensorboard is not installed")
+    found = reader.EventAccumulator(str(log_and_resume(tmp_path / "run").out)).Reload()
+    assert set(found.Tags()["scalars"]) == {"loss", "seconds/rollout", "seconds/update"}
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 1.0), (2, 7.0)]
+
+
+@pytest.mark.parametrize("script", [train_sft, train_grpo])
+def test_without_tensorboard_nothing_begins(tmp_path, monkeypatch, script):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    words = ["--task", "countdown", "--tensorboard", "--device", "cpu", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=r"^error: --tensorboard [^\n]*pip install tensorboard$"):
+        script.main(script.parse_args(words))
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- signals

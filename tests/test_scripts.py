@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 
 import model as model_file
 import parallel
+import sample
+import task_sorting
 import train_grpo
 import train_sft
 from d1 import draw_indices
-from data import TASKS, countdown, sudoku
+from data import DEMONSTRATIONS, TASKS, countdown, sudoku
 from data.tokenizer import Tokenizer
 from model import LLaDA, load_lora
 from parallel import Processes
@@ -46,6 +48,35 @@ def assert_close(a, b, tolerance):
         assert left.keys() == right.keys()
         for name in left.keys() - {"seconds", "tokens_per_second"}:
             assert left[name] == pytest.approx(right[name], abs=tolerance), name
+
+
+# ---------------------------------------------------------------- a task of one's own
+
+def test_a_task_is_one_file_of_40_lines(tmp_path, monkeypatch):
+    """What the README says of a new task: a file with three functions and a line in TASKS, and all scripts know it."""
+    assert len(open(task_sorting.__file__).readlines()) <= 40
+    monkeypatch.setitem(TASKS, "sorting", task_sorting)
+    monkeypatch.setitem(DEMONSTRATIONS, "sorting", task_sorting)  # only for SFT on it
+    drawn = {split: {tuple(sorted(e["numbers"])) for e in task_sorting.load(split, count=500)} for split in
+             ("train", "test", "worked")}
+    assert not drawn["test"] & (drawn["train"] | drawn["worked"])
+
+    example = {"numbers": [7, 3, 12, 3, 9]}
+    for text, closed, share in (("3, 3, 7, 9, 12", 0.1, 1), ("12, 9, 7, 3, 3", 0.1, 0.2), ("3, 7, 3", 0.1, 0.2),
+                                ("3, 3, 7, 9, 12, 12", 0.1, 5 / 6), ("", 0.1, 0), (None, 0, 0)):
+        text = "3, 3, 7, 9, 12" if text is None else f"so <answer>\n{text}\n</answer>"
+        assert task_sorting.reward(text, example) == {"closed": closed, "places": share}
+        assert task_sorting.score(text, example) == {"accuracy": share == 1, "closed": closed > 0, "format": 0}
+
+    sft(tmp_path / "sft", "--task", "sorting", "--split", "worked", "--steps", 1)
+    summary = grpo(tmp_path / "rl", "--task", "sorting")  # on the embedded model, which closes an answer now and then
+    assert summary["task"] == "sorting" and summary["greedy_after"] == summary["after"]["greedy_accuracy"]
+    rows = metrics(tmp_path / "rl")
+    assert all(row["reward"] == pytest.approx(row["reward_closed"] + row["reward_places"]) for row in rows)
+    assert any(row["reward_closed"] > 0 for row in rows)
+    words = ["--task", "sorting", "--count", "4", "--model", str(tmp_path / "rl" / "step_000002"), "--device", "cpu"]
+    [result] = sample.main(sample.parse_args([*words, "--out", str(tmp_path / "sample")]))["results"]
+    assert result["task"] == "sorting" and {"accuracy", "closed", "format", "effective_tokens"} <= result.keys()
 
 
 # ---------------------------------------------------------------- diffu-GRPO
