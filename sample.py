@@ -125,14 +125,15 @@ def choose(logits, temperature, uniform, mask_id):
     return found[..., 0].clamp(max=logits.shape[-1] - 1)  # should the product round up to the whole
 
 
-def committed(confidence, count, threshold):
+def committed(confidence, fillable, count, threshold):
     """(B, M) bool: the `count` most confident tokens of a row; with a threshold all above it, at least the first.
 
-    confidence (B, M): log-probabilities, with a threshold -inf where nothing is masked.
+    confidence (B, M): log-probabilities; fillable (B, M) bool, without a threshold all True, in each row at the front.
     """
     if threshold is None:
         best = confidence.argsort(dim=1, descending=True)[:, :count]
-        return torch.zeros_like(confidence, dtype=torch.bool).scatter(1, best, True)
+        return torch.zeros_like(fillable).scatter(1, best, True)
+    confidence = confidence.masked_fill(~fillable, -torch.inf)
     return (confidence > math.log(threshold)).scatter(1, confidence.argmax(dim=1, keepdim=True), True)
 
 
@@ -159,7 +160,8 @@ def generate(model, prompt, *, mask_id, gen_length, diffusion_steps, block_lengt
     x = F.pad(prompt, (0, gen_length), value=mask_id)  # (B, T)
     given = x != mask_id
     if (given.sum(1) != (P if cache or threshold else given[0].sum())).any():  # LLaDA fills those too
-        raise ValueError("the rows of a batch must have equally many [MASK] in their prompts, none with cache or threshold")
+        raise ValueError("the rows of a batch must have equally many [MASK] in their prompts, with cache or threshold "
+                         "none")
     unmasked_at = torch.where(given, -1, -2)  # -2: still masked
     if attn_mask is not None:
         attn_mask = F.pad(attn_mask, (0, gen_length), value=True)  # (B, T)
@@ -184,26 +186,25 @@ def generate(model, prompt, *, mask_id, gen_length, diffusion_steps, block_lengt
                 if commit_last:
                     logits[..., list(commit_last)] = -torch.inf
                 confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (R, M)
-            if threshold:  # the masked come first in a row; what fills up those that have fewer is never committed
-                confidence = confidence.masked_fill(x[going, masked] != mask_id, -torch.inf)
-            chosen = committed(confidence, count, threshold)  # (R, M)
+            fillable = x[going, masked] == mask_id  # (R, M)
+            chosen = committed(confidence, fillable, count, threshold)  # (R, M)
             x[going, masked] = torch.where(chosen, tokens, x[going, masked])
             unmasked_at[going, masked] = torch.where(chosen, step, unmasked_at[going, masked])
             forwards += 2 if cfg_scale else 1
             if on_step:
                 on_step(x, unmasked_at, step + 1)
-            left = x[going, masked] == mask_id
-            most = int(left.sum(1).max()) if threshold else masked.shape[1] - count  # without, the host need not wait
+            left, most = fillable & ~chosen, masked.shape[1] - count  # known without waiting for the device
+            if threshold:  # rows differ in what they have left; one that has nothing waits for the next block
+                more = left.any(1)
+                going, masked, left = going[more], masked[more], left[more]
+                if not len(going):
+                    break
+                most = int(left.sum(1).max())
+                for kept in chain(*caches) if cache else ():
+                    kept[:] = [tensor[more] for tensor in kept]
             masked = masked.gather(1, left.int().argsort(dim=1, descending=True, stable=True)[:, :most])
             if cache:
                 span = slice(begin, end if cache == "dual" else T)
-            if threshold:
-                more = left.any(1)
-                going, masked = going[more], masked[more]
-                for kept in chain(*caches) if cache else ():
-                    kept[:] = [tensor[more] for tensor in kept]
-                if not len(going):
-                    break
         if eos_id is not None and not masked.numel():  # else a mask of the prompt is left, and nothing is final
             ended = (x[rows[:, 0], begin:end] == eos_id).any(1)
             done, rows = rows[ended, 0], rows[~ended]
@@ -267,9 +268,9 @@ def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate",
     """Complete every example and score it. Returns ({metric: mean}, rows): all rows, in order, on every process.
 
     A row holds the example, its index, completion and metrics, its effective tokens (before the first EOS), whether it
-    ended, and the rounds that it took. droppable: of parallel.Signals, where a signal may end the work; rows: those that are done already;
-    keep(rows): is given those of each round of batches. Prompts of like length share a batch, the longest first: little
-    padding, and what does not fit into memory fails at once.
+    ended, and the rounds it took. droppable: of parallel.Signals, where a signal may end the work; rows: those that are
+    done already; keep(rows): is given those of each round of batches. Prompts of like length share a batch, the longest
+    first: little padding, and what does not fit into memory fails at once.
     """
     rows, size = list(rows), sampling["rollout_batch"] * procs.world
     prompts = [example.get("ids") or example["prompt"] for example in examples]
@@ -282,11 +283,13 @@ def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate",
             done = complete(model, tokenizer, [prompts[i] for i in part],
                             keys=[(seed, "evaluate", i) for i in part], on_step=check, **sampling)
         found = {}
-        for i, text, length, steps in zip(part, done.texts, done.lengths.tolist(), done.unmasked_at.tolist()):
+        numbers = done.lengths.tolist(), done.unmasked_at.tolist()
+        for i, text, length, steps in zip(part, done.texts, *numbers):
             text, example = examples[i].get("prefill", "") + text, {**examples[i]}
             example.pop("ids", None)
             found[i] = {"index": i, **example, "completion": text, **task.score(text, example),
-                        "effective_tokens": length, "ended": length < sampling["gen_length"], "rounds": len({*steps})}
+                        "effective_tokens": length, "ended": length < sampling["gen_length"],
+                        "rounds": len({*steps})}
         found = {row["index"]: row for row in procs.gather(list(found.values()))}
         rows += found.values()
         if keep:

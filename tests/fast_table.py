@@ -31,8 +31,8 @@ def parse_args(argv=None):
     p.add_argument("--model", default=str(ROOT / "data/tiny"))
     p.add_argument("--task", nargs="+", default=["countdown", "sudoku"])
     p.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.9])
-    p.add_argument("--block_length", type=int, nargs="+", default=[8, 16])
-    p.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.8, 0.7])
+    p.add_argument("--block_length", type=int, nargs="+", default=[8])
+    p.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.7, 0.5])
     p.add_argument("--count", type=int, default=512, help="problems")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--device")
@@ -54,8 +54,8 @@ def main(args):
                 found, _ = evaluate(model, tokenizer, TASKS[task], examples, procs, 0, **options)
                 seconds = time.monotonic() - start
                 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others go uncounted
-                    evaluate(model, tokenizer, TASKS[task], examples[:128], procs, 0, **options)
-                flops = counter.get_total_flops() / len(examples[:128])
+                    evaluate(model, tokenizer, TASKS[task], examples[:64], procs, 0, **options)
+                flops = counter.get_total_flops() / len(examples[:64])
                 exact = flops if cache is threshold is None and block == args.block_length[0] else exact
                 rows.append({"task": task, "temperature": temperature, "block_length": block, "cache": cache or "-",
                              "threshold": threshold or "-", "accuracy": found["accuracy"], "rounds": found["rounds"],

@@ -243,7 +243,8 @@ def row_by_hand(model, x, attn_mask, noise, *, mask_id, eos_id, gen_length, diff
 
     x (P,), attn_mask (P,), noise (steps, 2, block_length). Returns ids (T,), unmasked_at (T,) and the rounds it took.
     """
-    P, T, rounds = len(x), len(x) + gen_length, block_length if threshold else diffusion_steps * block_length // gen_length
+    P, T = len(x), len(x) + gen_length
+    rounds = block_length if threshold else diffusion_steps * block_length // gen_length
     x, unmasked_at = [*x.tolist()] + [mask_id] * gen_length, [-1] * T
     mask, total = torch.cat([attn_mask, torch.ones(gen_length, dtype=torch.bool)])[None], 0
     for begin in range(P, T, block_length):
@@ -308,7 +309,8 @@ def test_every_row_equals_the_row_by_hand(name, temperature, cfg_scale, threshol
         assert done.ids[row].tolist() == ids and done.unmasked_at[row].tolist() == unmasked_at
         assert len({*unmasked_at} - {-1}) == total
         rounds.append(total)
-        alone = generate(model, prompt[row:row + 1], attn_mask=attn_mask[row:row + 1], noise=noise[row:row + 1], **options)
+        one = slice(row, row + 1)
+        alone = generate(model, prompt[one], attn_mask=attn_mask[one], noise=noise[one], **options)
         assert alone.forwards == total * (2 if cfg_scale else 1) and alone.ids[0].tolist() == ids
     assert not threshold or min(rounds) < max(rounds) < 24  # rows differ, tokens come several at a time
 
