@@ -199,14 +199,23 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(c.d_model, c.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(c.mlp_hidden_size, c.d_model, bias=False)
 
-    def forward(self, x, cos, sin, attn_mask=None, keep=None):
-        """x (B, T, C) -> (B, k, C). Keys and values come from everywhere, all else only where the output is kept."""
+    def forward(self, x, cos, sin, attn_mask=None, keep=None, cache=None, start=0):
+        """x (B, S, C) -> (B, k, C). Keys and values come from everywhere, all else only where the output is kept.
+
+        cache: [] or [keys, values] (B, KV, T, D), of which those from `start` on are set to x's, see LLaDA.forward.
+        """
         h = self.attn_norm(x)
         x, hq, keep = at(x, keep), at(h, keep), slice(None) if keep is None else keep  # (B, k, C)
         q, k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for p, h in ((self.q_proj, hq), (self.k_proj, h), (self.v_proj, h)))
         q = apply_rope(q, cos[keep].unsqueeze(-3), sin[keep].unsqueeze(-3))  # (B, H, k, D)
-        k = apply_rope(k, cos, sin)  # (B, KV, T, D)
+        k = apply_rope(k, cos, sin)  # (B, KV, S, D)
+        if cache:
+            for cached, new in zip(cache, (k, v)):
+                cached[:, :, start:start + new.shape[2]] = new
+            k, v = cache  # (B, KV, T, D)
+        elif cache is not None:
+            cache += k, v
         a = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)  # (B, H, k, D)
         x = x + self.attn_out(a.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
@@ -232,28 +241,32 @@ class LLaDA(nn.Module):
     def blocks(self):
         return self.model["transformer"]["blocks"]
 
-    def forward(self, ids, attn_mask=None, keep=None, targets=None):
+    def forward(self, ids, attn_mask=None, keep=None, targets=None, cache=None, start=0):
         """Logits for every position, or only for those in `keep`, which are chosen in the last block, before the head.
 
         ids (B, T) int64; attn_mask (B, T) bool, False at padding, whose keys no query sees; keep: a slice of positions
         -> (B, k, V), an int64 tensor (B, k) -> (B, k, V), or a bool tensor (B, T) -> (number of True, V).
         targets: tokens at the kept positions, one or G of each, (B, k[, G]) or (number of True[, G]): instead of logits
         their log-probabilities come back, see `token_logps`.
+        cache: an empty list, into which this pass puts every block's keys and values, or one so filled by a pass over
+        all T: then ids (B, S) may be the positions from `start` on alone; their keys and values replace those in the
+        cache, all others are taken from there as they are (Fast-dLLM, arXiv:2505.22618). attn_mask still covers T.
         """
-        net, length = self.model["transformer"], ids.shape[1]
+        net, length = self.model["transformer"], start + ids.shape[1]
         if length > self.config.max_sequence_length:
             raise ValueError(f"{length} tokens exceed max_sequence_length {self.config.max_sequence_length}")
         x = net["wte"](ids)  # (B, T, C)
-        cos, sin = rope_tables(length, self.config.head_dim, self.config.rope_theta, ids.device)
+        tables = rope_tables(length, self.config.head_dim, self.config.rope_theta, ids.device)
+        cos, sin = (table[start:] for table in tables)  # (S, D) each
         if attn_mask is not None:
             attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): every query sees the same keys
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, cos, sin, attn_mask)
-        if isinstance(keep, torch.Tensor) and keep.dtype == torch.bool:  # unequally many: after attention
-            x = at(last(x, cos, sin, attn_mask), keep)  # (M, C)
-        else:
-            x = last(x, cos, sin, attn_mask, keep)  # (B, k, C)
+        if cache == []:
+            cache += [[] for _ in self.blocks]
+        unequal = isinstance(keep, torch.Tensor) and keep.dtype == torch.bool  # numbers of kept: after attention
+        chosen = [None] * (len(self.blocks) - 1) + [None if unequal else keep]
+        for block, kept, cached in zip(self.blocks, chosen, cache or [None] * len(self.blocks)):
+            x = block(x, cos, sin, attn_mask, kept, cached, start)  # (B, S, C), the last (B, k, C)
+        x = at(x, keep) if unequal else x  # (M, C)
         x, head = net["ln_f"](x), net["wte" if self.config.weight_tying else "ff_out"].weight
         return F.linear(x, head) if targets is None else token_logps(x, head, targets)
 

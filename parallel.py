@@ -148,7 +148,7 @@ def add_parallel_options(p):
     p.add_argument("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass")
     p.add_argument("--compile", action="store_true", help="compile the blocks")
     p.add_argument("--plan", type=int, nargs="?", const=0, metavar="GPUS", help="only tell memory, cost and time of a "
-                   "step on so many GPUs (default: torchrun's), from config.json alone")
+                   "step on so many GPUs (default: torchrun's), from config.json alone; of the exact sampler")
     p.add_argument("--timeout", type=float, default=600, help="seconds to wait for another process before giving up")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation, trained weights are kept in "

@@ -4,6 +4,9 @@
     for each block, left to right, in diffusion_steps / blocks rounds:
         predict every masked token of the block; commit the most confident ones; leave the rest masked
 
+Faster, and no longer the same (Fast-dLLM, arXiv:2505.22618): --threshold commits all tokens it is sure of, in fewer
+rounds; --cache computes what lies outside the block in the block's first round only.
+
 `generate` works on tensors; `complete` turns prompts into texts and is the one path for RL rollouts and for evaluation.
 
     python sample.py --task countdown                        evaluate, every generation in a JSONL file
@@ -14,11 +17,13 @@
 """
 import argparse
 import json
+import math
 import shutil
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,10 +38,11 @@ from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder
                       pick_dtype, processes, progress, whole_lines, write_text)
 
 # option: (the paper's value, the embedded model's)
-SAMPLING = {"gen_length": (256, 32), "diffusion_steps": (128, 32), "block_length": (32, 8), "rollout_batch": (8, 128)}
+SAMPLING = {"gen_length": (256, 32), "diffusion_steps": (128, 32), "block_length": (32, 8), "rollout_batch": (8, 128),
+            "cache": (None, None), "threshold": (None, None)}
 # what a resumed evaluation may not change
 FIXED = ("task", "split", "data", "model", "published_prompts", "seed", "diffusion_steps", "block_length",
-         "temperature", "cfg_scale", "remasking", "dtype")
+         "temperature", "cfg_scale", "remasking", "cache", "threshold", "dtype")
 
 
 @dataclass
@@ -56,8 +62,14 @@ class Completions:
     unmasked_at: torch.Tensor
 
 
-def check_schedule(gen_length, diffusion_steps, block_length):
+def check_schedule(gen_length, diffusion_steps, block_length, threshold=None, remasking="low_confidence"):
     """Raises ValueError naming the valid values where the canvas does not divide into blocks and rounds."""
+    if threshold is not None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"--threshold {threshold} must lie in (0, 1]: it is a probability")
+        if remasking == "random":
+            raise ValueError("--threshold needs --remasking low_confidence: it compares confidences")
+        diffusion_steps = gen_length  # at most
     if min(gen_length, diffusion_steps, block_length) < 1:
         raise ValueError("--gen_length, --diffusion_steps and --block_length must be at least 1")
     if gen_length % block_length:
@@ -83,14 +95,16 @@ def row_noise(keys, diffusion_steps, block_length):
     return torch.stack([torch.rand(shape, generator=generator(*key), dtype=torch.float64) for key in keys])
 
 
-def predict(model, x, attn_mask, masked, mask_id, cfg_scale, given):
+def predict(model, x, attn_mask, masked, mask_id, cfg_scale, given, caches=(None, None), start=0):
     """Logits (B, M, V) of the masked positions, under classifier-free guidance if cfg_scale > 0.
 
-    That is un + (1 + scale) (cond - un), where un sees every given token masked.
+    That is un + (1 + scale) (cond - un), where un sees every given token masked. caches: of cond and un; start: the
+    position at which x begins, if they are filled.
     """
-    logits = model(x, attn_mask=attn_mask, keep=masked)
+    options = dict(attn_mask=attn_mask, keep=masked - start, start=start)
+    logits = model(x, cache=caches[0], **options)
     if cfg_scale:
-        unconditional = model(x.masked_fill(given, mask_id), attn_mask=attn_mask, keep=masked)
+        unconditional = model(x.masked_fill(given, mask_id), cache=caches[1], **options)
         logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
     return at_least_float32(logits)
 
@@ -111,10 +125,22 @@ def choose(logits, temperature, uniform, mask_id):
     return found[..., 0].clamp(max=logits.shape[-1] - 1)  # should the product round up to the whole
 
 
+def committed(confidence, fillable, count, threshold):
+    """(B, M) bool: the `count` most confident tokens of a row; with a threshold all above it, at least the first.
+
+    confidence (B, M): log-probabilities; fillable (B, M) bool, without a threshold all True, in each row at the front.
+    """
+    if threshold is None:
+        best = confidence.argsort(dim=1, descending=True)[:, :count]
+        return torch.zeros_like(fillable).scatter(1, best, True)
+    confidence = confidence.masked_fill(~fillable, -torch.inf)
+    return (confidence > math.log(threshold)).scatter(1, confidence.argmax(dim=1, keepdim=True), True)
+
+
 @torch.no_grad()
 def generate(model, prompt, *, mask_id, gen_length, diffusion_steps, block_length, temperature=0.0, noise=None,
              attn_mask=None, cfg_scale=0.0, remasking="low_confidence", forbid=(), commit_last=(), eos_id=None,
-             on_step=None):
+             on_step=None, cache=None, threshold=None):
     """Fill gen_length masks after `prompt` (B, P), all rows in lockstep. Returns a Generation.
 
     noise: see `row_noise`, needed if temperature > 0 or remasking is "random"; attn_mask (B, P) bool, False at left
@@ -122,24 +148,34 @@ def generate(model, prompt, *, mask_id, gen_length, diffusion_steps, block_lengt
     are committed last (its confidence_eos_eot_inf, at any temperature); eos_id: a row leaves the batch after a block
     that holds it, the rest of its canvas is eos_id (LLaDA fills its canvas: None); on_step(x, unmasked_at, step):
     called after every round. Raises ValueError for an impossible schedule.
+
+    cache: after a block's first round keys and values outside it stay as they are ("dual"), or those before it do
+    ("prefix"). threshold: a round commits all tokens of a higher probability, at least one; a block has up to
+    block_length rounds, whatever diffusion_steps, each of which counts as a step, and a row is left out of those it
+    does not need.
     """
-    check_schedule(gen_length, diffusion_steps, block_length)
-    (B, P), blocks, step = prompt.shape, gen_length // block_length, 0
+    check_schedule(gen_length, diffusion_steps, block_length, threshold, remasking)
+    (B, P), T, forwards = prompt.shape, prompt.shape[1] + gen_length, 0
+    rounds = block_length if threshold else diffusion_steps * block_length // gen_length
     x = F.pad(prompt, (0, gen_length), value=mask_id)  # (B, T)
     given = x != mask_id
-    if (given.sum(1) != given[0].sum()).any():
-        raise ValueError("the rows of a batch must have equally many [MASK] in their prompts")  # LLaDA fills those too
+    if (given.sum(1) != (P if cache or threshold else given[0].sum())).any():  # LLaDA fills those too
+        raise ValueError("the rows of a batch must have equally many [MASK] in their prompts, with cache or threshold "
+                         "none")
     unmasked_at = torch.where(given, -1, -2)  # -2: still masked
     if attn_mask is not None:
         attn_mask = F.pad(attn_mask, (0, gen_length), value=True)  # (B, T)
     rows = torch.arange(B, device=x.device)[:, None]  # (R, 1): those that go on
-    for end in range(P + block_length, P + gen_length + 1, block_length):
-        live = rows[:, 0]
-        live_mask = None if attn_mask is None else attn_mask[live]
-        masked = (x[live, :end] == mask_id).nonzero()[:, 1].view(len(live), -1)  # (R, M) positions
-        for count in num_transfer_tokens(block_length, diffusion_steps // blocks):
+    for block, begin in enumerate(range(P, T, block_length)):
+        end, going = begin + block_length, rows  # going (R, 1): those with masks left in this block
+        masked = (x[rows[:, 0], :end] == mask_id).nonzero()[:, 1].view(len(rows), -1)  # (R, M) positions
+        span, caches = slice(0, T), ([], []) if cache else (None, None)  # the first round computes and keeps all of it
+        for step, count in enumerate(num_transfer_tokens(block_length, rounds), block * rounds):
+            live = going[:, 0]
+            live_mask = None if attn_mask is None else attn_mask[live]
             # only what is masked goes through the last layer's queries and MLP, the head, and the draws
-            logits = predict(model, x[live], live_mask, masked, mask_id, cfg_scale, given[live])  # (R, M, V)
+            logits = predict(model, x[live, span], live_mask, masked, mask_id, cfg_scale, given[live, span], caches,
+                             span.start)  # (R, M, V)
             if forbid:
                 logits[..., list(forbid)] = -torch.inf
             draws = (None, None) if noise is None else noise[live, step, :, :masked.shape[1]].unbind(1)  # (R, M) each
@@ -150,22 +186,33 @@ def generate(model, prompt, *, mask_id, gen_length, diffusion_steps, block_lengt
                 if commit_last:
                     logits[..., list(commit_last)] = -torch.inf
                 confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (R, M)
-            order = confidence.argsort(dim=1, descending=True)
-            chosen = order[:, :count]
-            x[rows, masked.gather(1, chosen)] = tokens.gather(1, chosen)
-            unmasked_at[rows, masked.gather(1, chosen)] = step
-            masked = masked.gather(1, order[:, count:].sort(1).values)
-            step += 1
+            fillable = x[going, masked] == mask_id  # (R, M)
+            chosen = committed(confidence, fillable, count, threshold)  # (R, M)
+            x[going, masked] = torch.where(chosen, tokens, x[going, masked])
+            unmasked_at[going, masked] = torch.where(chosen, step, unmasked_at[going, masked])
+            forwards += 2 if cfg_scale else 1
             if on_step:
-                on_step(x, unmasked_at, step)
+                on_step(x, unmasked_at, step + 1)
+            left, most = fillable & ~chosen, masked.shape[1] - count  # known without waiting for the device
+            if threshold:  # rows differ in what they have left; one that has nothing waits for the next block
+                more = left.any(1)
+                going, masked, left = going[more], masked[more], left[more]
+                if not len(going):
+                    break
+                most = int(left.sum(1).max())
+                for kept in chain(*caches) if cache else ():
+                    kept[:] = [tensor[more] for tensor in kept]
+            masked = masked.gather(1, left.int().argsort(dim=1, descending=True, stable=True)[:, :most])
+            if cache:
+                span = slice(begin, end if cache == "dual" else T)
         if eos_id is not None and not masked.numel():  # else a mask of the prompt is left, and nothing is final
-            ended = (x[live, end - block_length:end] == eos_id).any(1)
-            x[live[ended], end:] = eos_id
-            unmasked_at[live[ended], end:] = step - 1
-            rows = rows[~ended]
+            ended = (x[rows[:, 0], begin:end] == eos_id).any(1)
+            done, rows = rows[ended, 0], rows[~ended]
+            x[done, end:] = eos_id
+            unmasked_at[done, end:] = unmasked_at[done].amax(1, keepdim=True)
             if not len(rows):
                 break
-    return Generation(x, unmasked_at, step * (2 if cfg_scale else 1))
+    return Generation(x, unmasked_at, forwards)
 
 
 def pad_left(rows, pad_id, device):
@@ -178,21 +225,21 @@ def pad_left(rows, pad_id, device):
 
 
 def complete(model, tokenizer, prompts, *, keys, rollout_batch, gen_length, diffusion_steps, block_length,
-             fill_canvas=False, **sampling):
+             fill_canvas=False, threshold=None, **sampling):
     """One completion for each prompt, a text or token ids, in order: the one path for rollouts and for evaluation.
 
     keys: one tuple per prompt, the key of its noise; rollout_batch: rows per forward pass; fill_canvas: go on after
     EOS, where every process must run as many forward passes; the rest goes to `generate`. All that follows the first
     EOS comes back as EOS. The result depends neither on rollout_batch nor on fill_canvas, up to rounding.
     """
-    device, parts = next(model.parameters()).device, []
+    device, parts, noisy = next(model.parameters()).device, [], gen_length if threshold else diffusion_steps
     rows = [tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
     for start in range(0, len(rows), rollout_batch):
         batch = slice(start, start + rollout_batch)
         ids, attn_mask = pad_left(rows[batch], tokenizer.eos_id, device)
         done = generate(model, ids, attn_mask=attn_mask, mask_id=tokenizer.mask_id, gen_length=gen_length,
                         diffusion_steps=diffusion_steps, block_length=block_length,
-                        noise=row_noise(keys[batch], diffusion_steps, block_length).to(device),
+                        noise=row_noise(keys[batch], noisy, block_length).to(device), threshold=threshold,
                         eos_id=None if fill_canvas else tokenizer.eos_id, **sampling)
         parts.append((done.ids[:, -gen_length:], done.unmasked_at[:, -gen_length:]))
     ids, unmasked_at = (torch.cat(tensors) for tensors in zip(*parts))  # (R, L) each
@@ -220,10 +267,10 @@ def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate",
              keep=None, **sampling):
     """Complete every example and score it. Returns ({metric: mean}, rows): all rows, in order, on every process.
 
-    A row holds the example, its index, completion and metrics, its effective tokens (before the first EOS), and whether
-    it ended. droppable: of parallel.Signals, where a signal may end the work; rows: those that are done already;
-    keep(rows): is given those of each round of batches. Prompts of like length share a batch, the longest first: little
-    padding, and what does not fit into memory fails at once.
+    A row holds the example, its index, completion and metrics, its effective tokens (before the first EOS), whether it
+    ended, and the rounds it took. droppable: of parallel.Signals, where a signal may end the work; rows: those that are
+    done already; keep(rows): is given those of each round of batches. Prompts of like length share a batch, the longest
+    first: little padding, and what does not fit into memory fails at once.
     """
     rows, size = list(rows), sampling["rollout_batch"] * procs.world
     prompts = [example.get("ids") or example["prompt"] for example in examples]
@@ -236,17 +283,19 @@ def evaluate(model, tokenizer, task, examples, procs, seed, describe="evaluate",
             done = complete(model, tokenizer, [prompts[i] for i in part],
                             keys=[(seed, "evaluate", i) for i in part], on_step=check, **sampling)
         found = {}
-        for i, text, length in zip(part, done.texts, done.lengths.tolist()):
+        numbers = done.lengths.tolist(), done.unmasked_at.tolist()
+        for i, text, length, steps in zip(part, done.texts, *numbers):
             text, example = examples[i].get("prefill", "") + text, {**examples[i]}
             example.pop("ids", None)
             found[i] = {"index": i, **example, "completion": text, **task.score(text, example),
-                        "effective_tokens": length, "ended": length < sampling["gen_length"]}
+                        "effective_tokens": length, "ended": length < sampling["gen_length"],
+                        "rounds": len({*steps})}
         found = {row["index"]: row for row in procs.gather(list(found.values()))}
         rows += found.values()
         if keep:
             keep(list(found.values()))
         show(accuracy=f"{sum(row['accuracy'] for row in rows) / len(rows):.1%}")
-    names = [*task.score("", examples[0]), "effective_tokens"]
+    names = [*task.score("", examples[0]), "effective_tokens", "rounds"]
     rows.sort(key=lambda row: row["index"])
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows
 
@@ -259,6 +308,10 @@ def add_sampling_options(p, several=False):
     p.add_argument("--diffusion_steps", type=int, help="forward passes per completion; d1: gen_length / 2")
     p.add_argument("--block_length", type=int, help="tokens per block, filled left to right; d1: 32")
     p.add_argument("--rollout_batch", type=int, help="rows per forward pass while sampling")
+    p.add_argument("--cache", choices=("prefix", "dual"), help="approximate: compute keys and values before the block "
+                   "(dual: and behind it) only in its first round; Fast-dLLM: dual")
+    p.add_argument("--threshold", type=float, help="approximate: commit all tokens of a higher probability, at least "
+                   "one a round, whatever --diffusion_steps; Fast-dLLM: 0.9")
 
 
 def parse_args(argv=None):
@@ -341,9 +394,10 @@ def pick_schedules(args, config):
     given = args.diffusion_steps
     fill_defaults(args, SAMPLING, config)
     lengths = args.gen_length if isinstance(args.gen_length, list) else [args.gen_length]
-    schedules = [(length, given or max(1, length * usual.diffusion_steps // usual.gen_length)) for length in lengths]
+    schedules = [(length, length if args.threshold is not None else  # at most
+                  given or max(1, length * usual.diffusion_steps // usual.gen_length)) for length in lengths]
     for length, steps in schedules:
-        check_schedule(length, steps, args.block_length)
+        check_schedule(length, steps, args.block_length, args.threshold, args.remasking)
     return schedules
 
 
@@ -442,8 +496,9 @@ def main(args):
             raise SystemExit(STOPPED) from None
         settings = {"model": args.model, "data": args.data, "split": args.split, "device": str(procs.device),
                     "dtype": str(dtype).removeprefix("torch."), "processes": procs.world, "seed": args.seed,
-                    **{name: getattr(args, name) for name in ("rollout_batch", "block_length", "temperature",
-                                                              "cfg_scale", "remasking", "published_prompts")}}
+                    **{name: getattr(args, name) for name in (
+                        "rollout_batch", "block_length", "cache", "threshold", "temperature", "cfg_scale",
+                        "remasking", "published_prompts")}}
         summary = {**settings, "results": results}
         run.finish(summary)
         hidden = ("seconds", "diffusion_steps")

@@ -79,7 +79,10 @@ def parse_args(argv=None):
 
 def check_options(args, config):
     """Raises ValueError naming the option and its valid values."""
-    check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
+    check_schedule(args.gen_length, args.diffusion_steps, args.block_length, args.threshold)
+    if args.threshold and args.keep_sharded:
+        raise ValueError("--threshold with --keep_sharded: each process samples in as many forward passes as its own "
+                         "rows need, and those that gather weights must be equally many: drop one of the two")
     for name in ("steps", "prompts_per_step", "num_iterations", "masks_per_prompt", "microbatch", "rollout_batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, found {getattr(args, name)}")

@@ -29,7 +29,8 @@ def table(rows):
     """Lines of aligned columns, a line of names first, from dicts of texts and numbers; shares as per cent."""
     def cell(name, value):
         if isinstance(value, float):
-            return f"{value:.1f}" if name in ("effective_tokens", "tokens_per_second", "paper") else f"{value:.2%}"
+            plain = ("effective_tokens", "rounds", "tokens_per_second", "paper")
+            return f"{value:.1f}" if name in plain else f"{value:.2%}"
         return "" if value is None else str(value)
 
     names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))

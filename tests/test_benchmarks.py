@@ -519,8 +519,9 @@ def test_a_half_finished_evaluation_goes_on(whole, folder, tmp_path, capsys, tor
     assert texts(half) == texts(out)
     for one, two in zip(summary["results"], again["results"]):
         assert one.keys() == two.keys() and all(one[name] == two[name] for name in one if "second" not in name)
-    with pytest.raises(SystemExit, match="--temperature was 0.9"):
-        evaluated(half, folder, "--resume", "--temperature", 0.5)
+    for name, value, old in (("temperature", 0.5, "0.9"), ("cache", "dual", None), ("threshold", 0.9, None)):
+        with pytest.raises(SystemExit, match=f"--{name} was {old}"):
+            evaluated(half, folder, "--resume", f"--{name}", value)
 
 
 def test_one_and_three_processes_count_the_same(whole, folder, tmp_path):

@@ -241,7 +241,9 @@ RUNS = {
                           "--diffusion_steps", 4]),
 }
 RUNS["grpo, LoRA"] = (train_grpo, [*RUNS["grpo"][1], "--lora_r", 2, "--lr", 1e-3])
-RUNS["grpo, kept sharded"] = (train_grpo, [*RUNS["grpo"][1], "--keep_sharded", "--checkpoint_activations"])
+RUNS["grpo, kept sharded"] = (train_grpo, [*RUNS["grpo"][1], "--keep_sharded", "--checkpoint_activations",
+                                           "--cache", "dual"])
+RUNS["grpo"][1].extend(["--cache", "prefix", "--threshold", 0.1])  # processes make unequally many forward passes
 
 
 def run(name, small, out, *more):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_file
 from model import (LORA_TARGETS, SUPPORTED, Config, LLaDA, RMSNorm, adapters_off, add_lora, load_lora, load_weights,
-                   merge, merge_lora, rope_tables, save_lora)
+                   lora_modules, merge, merge_lora, rope_tables, save_lora)
 
 MODELS = ("llada_mha", "llada_gqa")
 MASK_ID, EOS_ID = 500, 481
@@ -115,6 +115,26 @@ def test_keep_equals_choosing_from_all_logits():
     assert worst(net(ids, keep=index), full.gather(1, index[..., None].expand(-1, -1, 512))) < 1e-12
     assert worst(net(ids, keep=chosen), full[chosen]) < 1e-12 and 0 < chosen.sum() < chosen.numel()
     assert net(ids, keep=torch.zeros_like(chosen)).shape == (0, 512)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_pass_with_a_cache_equals_the_plain_one(name):
+    """Over any part of the canvas, right after a pass over all of it: with padding, adapters, grouped heads."""
+    data, net = tensors(f"{name}/cases.safetensors"), LLaDA.from_pretrained(golden(name), dtype=torch.float64)
+    for m in lora_modules(add_lora(net, 4, 8, LORA_TARGETS, g())).values():
+        m.lora_B.normal_(0, 0.1, generator=g(1))
+    ids, mask, cache = data["PL.input_ids"], data["PL.attention_mask"].bool(), []
+    plain = net(ids, attn_mask=mask)
+    assert torch.equal(net(ids, attn_mask=mask, cache=cache), plain) and len(cache) == len(net.blocks)
+    for start, end in ((0, ids.shape[1]), (9, 12), (5, ids.shape[1]), (0, 7)):
+        part = dict(ids=ids[:, start:end], attn_mask=mask, cache=cache, start=start)
+        assert worst(net(**part), plain[:, start:end]) < 1e-10
+        assert worst(net(**part, keep=slice(1, 3)), plain[:, start + 1:start + 3]) < 1e-10
+    changed = ids.clone()
+    changed[:, 9:12] = 7  # what a part changes is seen by the next one
+    net(changed[:, 9:12], attn_mask=mask, cache=cache, start=9)
+    assert worst(net(ids[:, :7], attn_mask=mask, cache=cache), plain[:, :7]) > 1e-3
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ from conftest import golden
 from safetensors.torch import load_file
 
 import sample
+from d1 import generator
 from data import TASKS
 from data.tokenizer import Tokenizer
-from model import LLaDA
+from model import LLaDA, add_lora, lora_modules
 from parallel import processes
 from sample import choose, complete, generate, num_transfer_tokens, pad_left, row_noise
 from transcription import gumbel_argmax
@@ -122,7 +123,7 @@ def test_draws_are_independent_between_positions_rounds_and_rows():
     """Chi-square of the nine pairs that two positions, committed one after the other in random order, can hold."""
     p = torch.tensor([0.5, 0.3, 0.2])
 
-    def model(ids, attn_mask, keep):
+    def model(ids, keep, **_):
         return torch.cat([p.log(), torch.tensor([2.0])]).repeat(*keep.shape, 1)  # the last one is [MASK]
 
     done = generate(model, torch.zeros(9000, 1, dtype=torch.long), mask_id=3, gen_length=2, diffusion_steps=2,
@@ -148,12 +149,13 @@ PUZZLES = [example["prompt"] for example in TASKS["countdown"].load("test", coun
 SHORT = dict(gen_length=16, diffusion_steps=8, block_length=8)
 
 
+@pytest.mark.parametrize("fast", [{}, dict(cache="prefix"), dict(threshold=0.9), dict(cache="dual", threshold=0.7)])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_padded_row_equals_the_row_alone(tiny, temperature):
+def test_a_padded_row_equals_the_row_alone(tiny, temperature, fast):
     model, tokenizer = tiny
-    prompts = ["What is 7 * 3?", "Hi", PUZZLES[0]]
-    keys, options = [(0, i) for i in range(3)], dict(temperature=temperature, **SHORT)
-    together = complete(model, tokenizer, prompts, keys=keys, rollout_batch=3, **options)
+    prompts = ["What is 7 * 3?", "Hi", *PUZZLES]
+    keys, options = [(0, i) for i in range(len(prompts))], dict(temperature=temperature, **SHORT, **fast)
+    together = complete(model, tokenizer, prompts, keys=keys, rollout_batch=len(prompts), **options)
     for i, prompt in enumerate(prompts):
         alone = complete(model, tokenizer, [prompt], keys=keys[i:i + 1], rollout_batch=1, **options)
         assert torch.equal(alone.ids[0], together.ids[i])
@@ -232,6 +234,119 @@ def test_the_trained_weights_can_still_be_trained_after_sampling(tiny):
     model.zero_grad()
 
 
+# ---------------------------------------------------------------- the fast sampler: --cache and --threshold
+
+@torch.no_grad()
+def row_by_hand(model, x, attn_mask, noise, *, mask_id, eos_id, gen_length, diffusion_steps, block_length, temperature,
+                cache, threshold, cfg_scale):
+    """One row by loops, each round a plain pass over the whole canvas in which hooks put back frozen keys and values.
+
+    x (P,), attn_mask (P,), noise (steps, 2, block_length). Returns ids (T,), unmasked_at (T,) and the rounds it took.
+    """
+    P, T = len(x), len(x) + gen_length
+    rounds = block_length if threshold else diffusion_steps * block_length // gen_length
+    x, unmasked_at = [*x.tolist()] + [mask_id] * gen_length, [-1] * T
+    mask, total = torch.cat([attn_mask, torch.ones(gen_length, dtype=torch.bool)])[None], 0
+    for begin in range(P, T, block_length):
+        frozen, now = {}, {}
+        end = T if cache == "prefix" else begin + block_length
+
+        def put_back(module, args, output):
+            old = frozen.setdefault((now["pass"], module), output)
+            return torch.cat([old[:, :begin], output[:, begin:end], old[:, end:]], 1) if cache else output
+
+        hooks = [p.register_forward_hook(put_back) for block in model.blocks for p in (block.k_proj, block.v_proj)]
+        for i, count in enumerate(num_transfer_tokens(block_length, rounds)):
+            masked = [at for at in range(begin, begin + block_length) if x[at] == mask_id]
+            if not masked:
+                break
+            now["pass"], canvas = "conditional", torch.tensor([x])
+            logits = model(canvas, attn_mask=mask)[0]
+            if cfg_scale:
+                now["pass"], canvas = "unconditional", torch.tensor([[mask_id] * P + x[P:]])
+                logits = (1 + cfg_scale) * logits - cfg_scale * model(canvas, attn_mask=mask)[0]
+            step, tokens, sure = (begin - P) // block_length * rounds + i, {}, {}
+            for slot, at in enumerate(masked):
+                tokens[at] = int(choose(logits[at], temperature, noise[step, 0, slot], mask_id))
+                sure[at] = float(logits[at].softmax(-1)[tokens[at]])
+            ranked = sorted(masked, key=lambda at: -sure[at])
+            for at in [at for at in ranked if sure[at] > threshold] or ranked[:1] if threshold else ranked[:count]:
+                x[at], unmasked_at[at] = tokens[at], step
+            total += 1
+        for hook in hooks:
+            hook.remove()
+        if eos_id in x[begin:begin + block_length]:
+            rest = T - begin - block_length
+            return x[:T - rest] + [eos_id] * rest, unmasked_at[:T - rest] + [max(unmasked_at)] * rest, total
+    return x, unmasked_at, total
+
+
+def random_or_tiny(name):
+    """A model in float64, and four prompts of unequal length, padded."""
+    model = LLaDA.from_pretrained("data/tiny" if name == "tiny" else golden(name), dtype=torch.float64).eval()
+    if name == "tiny":
+        tokenizer = Tokenizer.from_folder("data/tiny", model.config)
+        return model, *pad_left([tokenizer.encode_prompt(p) for p in ("Hi", *PUZZLES[:3])], tokenizer.eos_id, "cpu")
+    for m in lora_modules(add_lora(model, 4, 8, ["q_proj", "k_proj", "v_proj"], generator(0))).values():
+        torch.nn.init.normal_(m.lora_B, 0, 0.1, generator=generator(1))
+    return model, *pad_left([[5] * 3, [6, 7] * 3, [8] * 9, [3, 4, 5]], 0, "cpu")
+
+
+@pytest.mark.parametrize("name, temperature, cfg_scale, threshold", [
+    ("tiny", 0.0, 0.0, 0.9), ("tiny", 0.9, 0.0, 0.9), ("tiny", 0.0, 0.0, None), ("llada_gqa", 0.9, 0.0, None),
+    ("llada_gqa", 0.0, 0.0, 0.3), ("llada_mha", 0.9, 0.7, 0.3)])
+@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
+def test_every_row_equals_the_row_by_hand(name, temperature, cfg_scale, threshold, cache):
+    model, prompt, attn_mask = random_or_tiny(name)
+    options = dict(mask_id=model.config.mask_token_id, eos_id=model.config.eos_token_id, gen_length=24,
+                   diffusion_steps=12, block_length=8, temperature=temperature, cache=cache, threshold=threshold,
+                   cfg_scale=cfg_scale)
+    noise = row_noise([(3, i) for i in range(4)], 24 if threshold else 12, 8)
+    done = generate(model, prompt, attn_mask=attn_mask, noise=noise, **options)
+    rounds = []
+    for row in range(4):
+        ids, unmasked_at, total = row_by_hand(model, prompt[row], attn_mask[row], noise[row], **options)
+        assert done.ids[row].tolist() == ids and done.unmasked_at[row].tolist() == unmasked_at
+        assert len({*unmasked_at} - {-1}) == total
+        rounds.append(total)
+        one = slice(row, row + 1)
+        alone = generate(model, prompt[one], attn_mask=attn_mask[one], noise=noise[one], **options)
+        assert alone.forwards == total * (2 if cfg_scale else 1) and alone.ids[0].tolist() == ids
+    assert not threshold or min(rounds) < max(rounds) < 24  # rows differ, tokens come several at a time
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("block_length", [8, 16])
+def test_a_cache_refreshed_every_round_is_exact(tiny, cache, block_length):
+    """Token by token, also where the block is the whole canvas; and one refreshed once per block is not."""
+    model, tokenizer = tiny
+    prompt, attn_mask = pad_left([tokenizer.encode_prompt(p) for p in PUZZLES], tokenizer.eos_id, "cpu")
+    canvas = []
+
+    def refreshed(ids, *, attn_mask, keep, cache, start):
+        if start:
+            cache.clear()
+            model(canvas[-1], attn_mask=attn_mask, cache=cache)
+        return model(ids, attn_mask=attn_mask, keep=keep, cache=cache, start=start)
+
+    options = dict(mask_id=tokenizer.mask_id, attn_mask=attn_mask, gen_length=16, diffusion_steps=16,
+                   block_length=block_length, on_step=lambda x, unmasked_at, step: canvas.append(x.clone()))
+    exact = generate(model, prompt, **options)
+    done = generate(refreshed, prompt, cache=cache, **options)
+    assert torch.equal(done.ids, exact.ids) and torch.equal(done.unmasked_at, exact.unmasked_at)
+    assert not torch.equal(generate(model, prompt, cache=cache, **options).unmasked_at, exact.unmasked_at)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_threshold_that_nothing_exceeds_commits_one_token_per_round(tiny, temperature):
+    model, tokenizer = tiny
+    options = dict(keys=[(0, i) for i in range(8)], rollout_batch=8, gen_length=16, block_length=8,
+                   temperature=temperature)
+    done = complete(model, tokenizer, PUZZLES, diffusion_steps=2, threshold=1.0, **options)
+    want = complete(model, tokenizer, PUZZLES, diffusion_steps=16, **options)
+    assert torch.equal(done.ids, want.ids) and torch.equal(done.unmasked_at, want.unmasked_at)
+
+
 @pytest.mark.parametrize("bad, words", [
     (dict(gen_length=30), "block_length 8 does not divide --gen_length 30"),
     (dict(diffusion_steps=5), r"use one of \[4, 8, 12"),
@@ -260,11 +375,12 @@ def test_evaluation_writes_every_generation(tmp_path, capsys):
         assert word in shown
 
 
-def test_evaluation_does_not_depend_on_the_batch(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--cache", "dual", "--threshold", 0.9]])
+def test_evaluation_does_not_depend_on_the_batch(tmp_path, more):
     texts = []
     for batch in (1, 4):
         call("--task", "sudoku", "--count", 4, "--temperature", 0.9, "--out", tmp_path / str(batch),
-             "--rollout_batch", batch)
+             "--rollout_batch", batch, *more)
         lines = (tmp_path / str(batch) / "sudoku_32.jsonl").read_text().splitlines()
         texts.append([json.loads(line)["completion"] for line in lines])
     assert texts[0] == texts[1]
@@ -307,6 +423,9 @@ def test_the_canvas_is_redrawn_in_place_on_a_terminal(tiny):
     (["--prompt", "x", "--block_length", "7"], "--block_length 7 does not divide"),
     (["--prompt", "x", "--temperature", "-1"], "--temperature must not be negative"),
     (["--task", "countdown", "--count", "0"], "--count must be at least 1"),
+    (["--prompt", "x", "--threshold", "0"], "--threshold 0.0 must lie in (0, 1]"),
+    (["--prompt", "x", "--threshold", "90"], "--threshold 90.0 must lie in (0, 1]"),
+    (["--prompt", "x", "--threshold", "0.9", "--remasking", "random"], "--threshold needs --remasking low_confidence"),
 ])
 def test_bad_input_is_one_line(words, message):
     if "cuda" in words and torch.cuda.is_available():

@@ -199,6 +199,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path, monkeyp
     (["--p_mask_prompt", 1.5], "--p_mask_prompt 1.5 must lie in"),
     (["--steps", 0], "--steps must be at least 1"),
     (["--temperature", 0], "gives equal completions of a prompt"),
+    (["--threshold", 1.5], "--threshold 1.5 must lie in (0, 1]"),
+    (["--threshold", 0.9, "--keep_sharded"], "--threshold with --keep_sharded: each process samples"),
     (["--model", "nowhere"], "--model nowhere: no such folder"),
     (["--gen_length", 504, "--diffusion_steps", 63], "0 usable prompts are fewer than --prompts_per_step"),
     (["--data", "absent.jsonl"], "--data absent.jsonl: no such file"),
