@@ -25,7 +25,8 @@ from data.tokenizer import Tokenizer
 from model import (HEAD_CHUNK, Config, LLaDA, adapters_off, add_lora, find_checkpoint, init_lora, load_weights,
                    save_weights)
 from parallel import (Passes, Processes, Run, Signals, add_parallel_options, compile_time, fill, fill_defaults,
-                      gathered, one_line_errors, parallelise, pick_dtype, print_plan, processes, progress, update_or_stop)
+                      gathered, one_line_errors, parallelise, pick_dtype, print_plan, processes, progress,
+                      update_or_stop)
 from sample import SAMPLING, add_sampling_options, check_schedule, complete, encode_prompts, evaluate, pad_left
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
