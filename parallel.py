@@ -146,7 +146,7 @@ def add_parallel_options(p):
     p.add_argument("--keep_sharded", action="store_true",
                    help="never gather all weights at once, also not to sample: less memory, slower")
     p.add_argument("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass")
-    p.add_argument("--compile", action="store_true", help="compile the blocks")
+    p.add_argument("--compile", action="store_true", help="compile the blocks: slower to start, pays in long runs")
     p.add_argument("--plan", type=int, nargs="?", const=0, metavar="GPUS", help="only tell memory, cost and time of a "
                    "step on so many GPUs (default: torchrun's), from config.json alone; of the exact sampler")
     p.add_argument("--tensorboard", action="store_true", help="metrics.jsonl also as a TensorBoard log, in the same "
@@ -157,6 +157,21 @@ def add_parallel_options(p):
                    "float32; default: bfloat16 on a GPU, else float32")
 
 
+def compile_blocks(model):
+    """One compilation for all blocks, in place: names and FSDP's hooks stay as they are.
+
+    Shapes are symbolic from the start, as rows leave and masks get fewer. Gradient, padding, kept positions, adapters
+    and cache make some twenty variants, where torch by default gives up at 8 and goes on without a word, uncompiled.
+    """
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True, recompile_limit=64)
+
+
+def compile_time():
+    """What --compile costs a run before it pays, in words."""
+    return f"compiling took {torch._dynamo.utils.calculate_time_spent()['total_wall_time']:.0f} s of this run"
+
+
 def parallelise(model, args, procs, dtype):
     """Everything that is done to a model from outside, while its weights are still on the meta device.
 
@@ -165,10 +180,10 @@ def parallelise(model, args, procs, dtype):
     One process keeps the model plain, unless it trains all weights in another dtype than it computes in: FSDP over a
     group of one keeps the float32 weights.
     """
-    for block in model.blocks:  # their forward, so that FSDP's hooks and the names of the parameters stay outside
-        if args.compile:
-            block.forward = torch.compile(block.forward)
-        if args.checkpoint_activations:
+    if args.compile:
+        compile_blocks(model)
+    if args.checkpoint_activations:
+        for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if procs.world == 1:
         if not all(p.requires_grad and p.dtype != dtype for p in model.parameters()):
@@ -560,7 +575,7 @@ def load_optimizer(model, optimizer, folder):
 def read_like(p, file, name):
     """A tensor of a safetensors file, spread over processes like `p`; a single number as it is."""
     if not file.get_slice(name).get_shape():
-        return file.get_tensor(name)
+        return file.get_tensor(name).to(p.device)  # where the fused AdamW of a GPU counts its steps
     value = torch.zeros_like(p, requires_grad=False)
     fill(value, lambda rows: file.get_slice(name)[rows])
     return value

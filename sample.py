@@ -34,8 +34,8 @@ from data import TASKS
 from data.published import PREFILL, beside_the_paper, find_generations, grade, graded_row, paper, table
 from data.tokenizer import Tokenizer
 from model import Config, LLaDA, at_least_float32, find_checkpoint
-from parallel import (STOPPED, Run, Signals, Stopped, fill_defaults, free_folder, jsonl, one_line_errors,
-                      pick_dtype, processes, progress, whole_lines, write_text)
+from parallel import (STOPPED, Run, Signals, Stopped, compile_blocks, compile_time, fill_defaults, free_folder, jsonl,
+                      one_line_errors, pick_dtype, processes, progress, whole_lines, write_text)
 
 # option: (the paper's value, the embedded model's)
 SAMPLING = {"gen_length": (256, 32), "diffusion_steps": (128, 32), "block_length": (32, 8), "rollout_batch": (8, 128),
@@ -335,6 +335,7 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, default=0.0, help="of the draws; d1: 0 in evaluation, 0.9 in RL")
     p.add_argument("--cfg_scale", type=float, default=0.0, help="classifier-free guidance; d1: 0")
     p.add_argument("--remasking", choices=("low_confidence", "random"), default="low_confidence")
+    p.add_argument("--compile", action="store_true", help="compile the blocks: slower to start, pays in long runs")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     return p.parse_args(argv)
@@ -477,7 +478,7 @@ def main(args):
             problems = {task: read_problems(args, task, tokenizer, room, procs) for task in tasks}
             sampling = {name: getattr(args, name) for name in (*SAMPLING, "temperature", "cfg_scale", "remasking")}
             sampling["gen_length"], sampling["diffusion_steps"] = schedules[0]
-            model = LLaDA.from_pretrained(folder, procs.device, dtype).eval()
+            model = LLaDA.from_pretrained(folder, procs.device, dtype, compile_blocks if args.compile else None).eval()
             if not answering:
                 run.open()
         if answering:
@@ -505,7 +506,7 @@ def main(args):
         procs.print(table([{k: v for k, v in result.items() if k not in hidden} for result in results])
                     + beside_the_paper(results, args.model))
         procs.print(" ".join(f"{name}={value}" for name, value in settings.items() if value is not None))
-        procs.print(f"every generation is in {run.out}")
+        procs.print(f"every generation is in {run.out}" + (f"; {compile_time()}" if args.compile else ""))
         return summary
 
 

@@ -25,8 +25,9 @@ from data import TASKS
 from data.tokenizer import Tokenizer
 from model import (HEAD_CHUNK, Config, LLaDA, adapters_off, add_lora, find_checkpoint, init_lora, load_weights,
                    save_weights)
-from parallel import (Passes, Processes, Run, Signals, add_parallel_options, fill, fill_defaults, gathered,
-                      one_line_errors, parallelise, pick_dtype, print_plan, processes, progress, update_or_stop)
+from parallel import (Passes, Processes, Run, Signals, add_parallel_options, compile_time, fill, fill_defaults,
+                      gathered, one_line_errors, parallelise, pick_dtype, print_plan, processes, progress,
+                      update_or_stop)
 from sample import SAMPLING, add_sampling_options, check_schedule, complete, encode_prompts, evaluate, pad_left
 
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
@@ -385,7 +386,8 @@ def main(args):
             examples, held_out = read_prompts(args, config, tokenizer, procs)
             model = build_policy(args, folder, procs, dtype)
             trainable = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+            optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
+                                          fused=procs.device.type == "cuda")
             reference = reference_policy(model, args, folder, procs, dtype) if args.beta else None
             state = run.restore(model, optimizer, load_weights, functools.partial(save_weights, base=args.model),
                                 tokenizer.save)
@@ -417,7 +419,8 @@ def main(args):
         if held_out:
             procs.print("held-out accuracy {accuracy_before:.1%} -> {accuracy_after:.1%} at the rollout temperature, "
                         "{greedy_before:.1%} -> {greedy_after:.1%} greedy, in {minutes:.1f} minutes".format(**summary))
-        procs.print(f"the model is in {run.out}/step_{args.steps:06d}, the log in {run.out}/metrics.jsonl")
+        procs.print(f"the model is in {run.out}/step_{args.steps:06d}, the log in {run.out}/metrics.jsonl"
+                    + (f"; {compile_time()}" if args.compile else ""))
         return summary
 
 

@@ -237,7 +237,8 @@ def main(args):
             rows = encode_rows(read_examples(args), tokenizer, args, procs)
             model = build_model(args, folder, procs, dtype)
             trainable = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+            optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                                          fused=procs.device.type == "cuda")
             state = run.restore(model, optimizer, load_weights, functools.partial(save_weights, base=args.model),
                                 tokenizer.save)
         order = torch.randperm(len(rows), generator=generator(args.seed, "held out")).tolist()
@@ -269,7 +270,8 @@ def main(args):
         summary = {"task": name, "seed": args.seed, "held_out_loss_before": before, "held_out_loss_after": after,
                    "steps": args.steps, "minutes": run.seconds / 60, "device": str(device)}
         run.finish(summary)
-        procs.print(f"held-out loss {before:.3f} -> {after:.3f}, in {summary['minutes']:.1f} minutes")
+        procs.print(f"held-out loss {before:.3f} -> {after:.3f}, in {summary['minutes']:.1f} minutes"
+                    + (f"; {compile_time()}" if args.compile else ""))
         procs.print(f"the model is in {run.out}/step_{args.steps:06d}, the log in {run.out}/metrics.jsonl")
         return summary
 

@@ -137,7 +137,7 @@ def test_completion_masks_have_their_rate_whatever_the_processes(estimator, low,
 # ---------------------------------------------------------------- objectives
 
 def drawn(seed, N=2, K=2, G=3):
-    """Log-probs of three policies, advantages, and a mask that differs by prompt mask; one completion counts nowhere."""
+    """Log-probs of three policies, advantages, a mask that differs by prompt mask; one completion counts nowhere."""
     g = generator("objective", seed)
     logps, old, ref = (-torch.rand(3, N, K, G, L, generator=g, dtype=torch.float64) * 2).unbind()
     mask = torch.rand(N, K, G, L, generator=g) < 0.7

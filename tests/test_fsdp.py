@@ -446,7 +446,8 @@ def test_accumulation_and_recomputation_change_nothing(alone, name, more):
 @pytest.mark.parametrize("more", [[], ["--checkpoint_activations"]])
 def test_compiled_blocks_change_nothing(alone, more, monkeypatch):
     compiled, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or compile(f, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f) or compile(f, backend="aot_eager",
+                                                                                             **options))
     with processes("cpu") as procs:
         assert relative(CASES["grpo, LoRA"](procs, "--compile", *more), alone("grpo, LoRA")) < 1e-6
     assert len(compiled) == 2  # blocks

@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,12 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, golden, worst
 
 import parallel
 import train_grpo
 import train_sft
-from parallel import Processes, Run, Signals, Stopped, checkpoint_fault, load_optimizer, save_optimizer
+from model import Config, LLaDA
+from parallel import (Processes, Run, Signals, Stopped, checkpoint_fault, compile_blocks, compile_time, load_optimizer,
+                      save_optimizer)
+from sample import generate
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 OPTIONS = {"task": "countdown", "steps": 4, "lr": 0.1, "resume": False}
@@ -344,3 +348,22 @@ def test_a_process_that_goes_wrong_ends_the_job(tmp_path, deed, words):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0 and time.monotonic() - start < 60
     assert words in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------- compiled blocks
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="compiling for a CPU needs g++")
+def test_compiled_blocks_give_the_numbers_of_plain_ones():
+    """Gradients and tokens; names of the parameters do not change, so neither do checkpoints. One block: one's time."""
+    config = Config.from_dict(json.loads(golden("llada_gqa/config.json").read_text()) | {"n_layers": 1})
+    plain, compiled = (LLaDA(config).init_weights(torch.Generator().manual_seed(0)) for _ in range(2))
+    compile_blocks(compiled)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    ids, found = torch.arange(40).view(2, 20), []
+    for model in (plain, compiled):
+        model(ids, keep=slice(10, 20), targets=ids[:, 10:]).sum().backward()
+        done = generate(model, ids, mask_id=500, gen_length=4, diffusion_steps=2, block_length=4)
+        found.append((done.ids, [p.grad for p in model.parameters()]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(worst(one, two) < 1e-4 * max(1, one.abs().max()) for one, two in zip(found[0][1], found[1][1]))
+    assert float(compile_time().split()[2]) > 0
