@@ -103,11 +103,15 @@ EXPERIMENTS = {
         **{name: [f"{SHORT} --estimator {name}"] for name in ("random_mask", "coupled", "trajectory")},
         **{name: [f"{SHORT} --objective {name}"] for name in ("sequence", "wd1")},
     },
+    "samplers": {
+        "exact": [SHORT],
+        "threshold": [SHORT + " --threshold 0.9"],
+        "threshold and cache": [SHORT + " --threshold 0.9 --cache dual"],
+    },
     "ablations": {
         "as default": [SHORT],
         **{f"mu {mu}": [f"{SHORT} --num_iterations {mu}"] for mu in (1, 2, 8, 12)},
-        **{f"p {p}": [f"{SHORT} --p_mask_prompt {p}"] for p in (0.0, 0.3, 0.5, 0.7)},
-        "fixed masks": [variant("fixed_masks")],
+        **{f"p {p:g}": [f"{SHORT} --p_mask_prompt {p}"] for p in (0, 0.3, 0.5, 0.7)},
         "fixed masks, mu 12": [variant("fixed_masks") + " --num_iterations 12"],
         "mask per completion": [variant("mask_per_completion") + " --masks_per_prompt 6"],
         **{f"K {k}": [f"{SHORT} --masks_per_prompt {k}"] for k in (2, 6)},
@@ -203,7 +207,7 @@ def parse_args(argv=None):
 
 def main(args):
     rows = {label: c for label, c in EXPERIMENTS[args.experiment].items() if not args.rows or label in args.rows}
-    tasks = args.tasks or (("countdown",) if args.experiment == "ablations" else TASKS)
+    tasks = args.tasks or (("countdown",) if args.experiment in ("ablations", "samplers") else TASKS)
     run_all(rows, tasks, args.seeds, args.jobs)
     found = collect(rows, tasks, args.seeds)
     show(found)
