@@ -283,7 +283,7 @@ def fill_defaults(args, table, config):
     for name, values in table.items():
         if getattr(args, name) is None:
             setattr(args, name, values[tiny])
-    chosen = " ".join(f"{name}={getattr(args, name)}" for name in table)
+    chosen = " ".join(f"{name}={getattr(args, name)}" for name in table if getattr(args, name) is not None)
     return f"{'TINY' if tiny else 'PAPER'} column unless given: {chosen}"
 
 
