@@ -1,4 +1,5 @@
-"""The metrics of one or more runs as one picture: runs that differ in the seed alone are a line with a band.
+"""The metrics of one or more runs as one picture: runs that differ in the seed alone are a line with a band, each task
+has panels of its own.
 
     python plot.py runs/train_grpo-countdown                         one run
     python plot.py runs/mu4-* runs/mu12-* --x minutes --out mu.svg   a comparison, against wall-clock time
@@ -18,18 +19,20 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", help="folders with metrics.jsonl and config.json")
     p.add_argument("--metrics", nargs="+", help=f"default: the first four of {', '.join(METRICS)} there are")
-    p.add_argument("--x", choices=("step", "minutes"), default="step")
+    p.add_argument("--x", nargs="+", choices=("step", "update", "minutes"), default=["step"],
+                   help="one or several; update: steps times num_iterations")
     p.add_argument("--smooth", type=int, default=1, help="mean over so many steps; evaluations are not smoothed")
     p.add_argument("--out", default="plot.png", help=".png or .svg")
     return p.parse_args(argv)
 
 
 def read_run(folder):
-    """(options, rows) of a run's folder; a row's "minutes" are the time its steps took so far."""
+    """(options, rows) of a run's folder; a row's "minutes" and "update" are the time and the updates so far."""
     folder, minutes, rows = Path(folder), 0.0, []
     for name in ("config.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise SystemExit(f"error: {folder}: no {name}, is this the folder of a training run?")
+    options = json.loads((folder / "config.json").read_text())["options"]
     for n, line in enumerate((folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n"), 1):
         try:
             rows += [json.loads(line)] if line else []
@@ -37,20 +40,22 @@ def read_run(folder):
             raise SystemExit(f"error: {folder}/metrics.jsonl, row {n}: not JSON ({error})") from None
         if line:
             minutes += sum(rows[-1]["seconds"].values()) / 60 if "seconds" in rows[-1] else 0.0
-            rows[-1]["minutes"] = minutes
+            rows[-1] |= {"minutes": minutes, "update": rows[-1]["step"] * options.get("num_iterations", 1)}
     if not rows:
         raise SystemExit(f"error: {folder}/metrics.jsonl holds no step yet")
-    return json.loads((folder / "config.json").read_text())["options"], rows
+    return options, rows
 
 
 def group_runs(runs):
-    """{label: [rows of each seed]}: a label names the options in which the groups differ, seed and folder aside."""
+    """{label: [rows of each seed]}: a label names the options in which a group differs from the first, seed and
+    folder aside."""
     aside = ("seed", "out", "resume", "tensorboard")
     options = [{k: v for k, v in given.items() if k not in aside} for given, _ in runs]
     differing = [k for k in dict.fromkeys(k for o in options for k in o) if len({repr(o.get(k)) for o in options}) > 1]
     groups = {}
     for given, (_, rows) in zip(options, runs):
-        label = ", ".join(f"{k} {given.get(k)}" for k in differing) or str(given.get("task", "run"))
+        named = [k for k in differing if given.get(k) != options[0].get(k)] or differing
+        label = ", ".join(f"{k} {given.get(k)}" for k in named) or str(given.get("task", "run"))
         groups.setdefault(label, []).append(rows)
     return dict(sorted(groups.items(), key=lambda item: [(not part.isdigit(), int(part) if part.isdigit() else part)
                                                          for part in re.split(r"(\d+)", item[0]) if part]))
@@ -73,17 +78,16 @@ def mean(numbers):
     return sum(numbers) / len(numbers)
 
 
-def draw(groups, metrics, x, smooth):
-    """A figure with one panel for each metric, lines labelled at their ends."""
+def draw(parts, smooth):
+    """A figure with a panel for each (title, groups, metric, x) of `parts`, lines labelled at their ends."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, no global state
     except ImportError:
         raise SystemExit("error: plot.py needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(5.2 * min(2, len(metrics)), 3.4 * -(-len(metrics) // 2)), layout="constrained")
-    panels = figure.subplots(-(-len(metrics) // 2), min(2, len(metrics)), squeeze=False).flat
-    shades = [0.65 * i / max(1, len(groups) - 1) for i in range(len(groups))]
-    for metric, panel in zip(metrics, panels):
-        ends = []
+    figure = Figure(figsize=(5.2 * min(2, len(parts)), 3.4 * -(-len(parts) // 2)), layout="constrained")
+    panels = figure.subplots(-(-len(parts) // 2), min(2, len(parts)), squeeze=False).flat
+    for (title, groups, metric, x), panel in zip(parts, panels):
+        ends, shades = [], [0.65 * i / max(1, len(groups) - 1) for i in range(len(groups))]
         for i, (label, seeds) in enumerate(groups.items()):
             xs, ys, low, high = curve(seeds, metric, x, smooth)
             colour = (shades[i], 0.25 + 0.45 * shades[i], 0.55)  # dark to light blue-green: an order also in grey
@@ -92,7 +96,7 @@ def draw(groups, metrics, x, smooth):
                 panel.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
             if xs:
                 ends.append((ys[-1], xs[-1], f" {label}", colour))
-        panel.set_title(metric.replace("_", " "), loc="left", fontsize=11)
+        panel.set_title(title + metric.replace("_", " "), loc="left", fontsize=11)
         seeds = sorted({len(seeds) for seeds in groups.values()})
         panel.set_xlabel(x if seeds == [1] else f"{x} (mean and range of {' or '.join(map(str, seeds))} seeds)")
         panel.spines[["top", "right"]].set_visible(False)
@@ -120,7 +124,11 @@ def main(args):
     for name in metrics:
         if name not in present:
             raise SystemExit(f"error: --metrics {name}: not in these runs, they have {', '.join(sorted(present))}")
-    figure = draw(group_runs(runs), metrics, args.x, args.smooth)
+    tasks = {}
+    for run in runs:
+        tasks.setdefault(str(run[0].get("task")), []).append(run)
+    figure = draw([(f"{task}: " if len(tasks) > 1 else "", group_runs(part), metric, x)
+                   for task, part in tasks.items() for metric in metrics for x in args.x], args.smooth)
     figure.savefig(args.out, dpi=160)
     print(f"{len(runs)} runs, {', '.join(metrics)}: {args.out}")
     return figure

@@ -170,16 +170,28 @@ def result_of(out):
         return {f"length {r['gen_length']}": r["accuracy"] for r in summary["results"]}
     rows = [json.loads(line) for line in open(ROOT / out / "metrics.jsonl")]
     last = {name: statistics.mean(row[name] for row in rows[-LAST:]) for name in ("reward", "accuracy")}
-    return {**last, "curve": [round(row["reward"], 4) for row in rows]}
+    return {**last, "seconds": statistics.median(sum(row["seconds"].values()) for row in rows),
+            "curve": [round(row["accuracy"], 4) for row in rows]}
 
 
 def collect(rows, tasks, seeds):
-    """[{row, task, commands, values: {name: one per seed}, mean, spread}]; spread is the sample standard deviation."""
-    found = []
+    """[{row, task, commands, values: {name: one per seed}, mean, spread}]; spread is the sample standard deviation.
+
+    Of a training: reward and accuracy of the rollouts over its last steps; "seconds", the median step's, by which
+    "accuracy in equal time" looks up how far it was when the first row ended.
+    """
+    found, first = [], {}
     for label, commands in rows.items():
         for task in tasks:
             results = [result_of(resolve(commands, task, seed)[-1][1]) for seed in seeds]
             values = {name: [result[name] for result in results] for name in results[0]}
+            if "curve" in values:
+                seconds = statistics.median(values["seconds"])
+                values["seconds"] = [seconds]
+                steps = min(len(curve) for curve in values["curve"])
+                done = max(1, min(steps, round(steps * first.setdefault(task, seconds) / seconds)))
+                values["accuracy in equal time"] = [statistics.mean(curve[max(0, done - LAST):done])
+                                                    for curve in values["curve"]]
             numbers = {name: v for name, v in values.items() if name != "curve"}
             found.append({"row": label, "task": task, "commands": resolve(commands, task, "SEED"), "values": values,
                           "mean": {name: statistics.mean(v) for name, v in numbers.items()},
@@ -188,9 +200,10 @@ def collect(rows, tasks, seeds):
 
 
 def show(found):
-    """The rows as a table for the README, in per cent."""
+    """The rows as a table for the README: mean and spread, in per cent, and the seconds of a step."""
     for row in found:
-        cells = [f"{name} {100 * mean:.1f} ± {100 * row['spread'].get(name, 0):.1f}"
+        cells = [f"{mean:.1f} s" if name == "seconds" else f"{name} {100 * mean:.1f}" +
+                 (f" ± {100 * row['spread'][name]:.1f}" if name in row["spread"] else "")
                  for name, mean in row["mean"].items()]
         print(f"| {row['task']} | {row['row']} | {' | '.join(cells)} |")
 

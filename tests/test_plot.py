@@ -35,6 +35,7 @@ def test_curve(runs, tmp_path):
     assert plot.curve(seeds[:2], "reward", "step", 1) == ([1, 2, 3, 4], [406, 407, 408, 409], [401, 402, 403, 404],
                                                           [411, 412, 413, 414])
     assert plot.curve(seeds[:1], "reward", "minutes", 2)[:2] == ([2, 4, 6, 8], [401, 401.5, 402.5, 403.5])
+    assert plot.curve(seeds[:1], "reward", "update", 1)[0] == [4, 8, 12, 16]
     assert plot.curve(seeds[:1], "held_out_sampled_accuracy", "step", 3)[:2] == ([2, 4], [0.25, 0.25])
     assert plot.curve(seeds, "reward", "step", 1)[0] == [1, 2, 3]  # the steps that all have
 
