@@ -108,13 +108,13 @@ EXPERIMENTS = {
         "threshold": [SHORT + " --threshold 0.9"],
         "threshold and cache": [SHORT + " --threshold 0.9 --cache dual"],
     },
-    "ablations": {
+    "ablations": {  # the telling ones first
         "as default": [SHORT],
-        **{f"mu {mu}": [f"{SHORT} --num_iterations {mu}"] for mu in (1, 2, 8, 12)},
-        **{f"p {p:g}": [f"{SHORT} --p_mask_prompt {p}"] for p in (0, 0.3, 0.5, 0.7)},
-        "fixed masks, mu 12": [variant("fixed_masks") + " --num_iterations 12"],
         "mask per completion": [variant("mask_per_completion") + " --masks_per_prompt 6"],
-        **{f"K {k}": [f"{SHORT} --masks_per_prompt {k}"] for k in (2, 6)},
+        **{f"K {k}": [f"{SHORT} --masks_per_prompt {k}"] for k in (6, 2)},
+        **{f"mu {mu}": [f"{SHORT} --num_iterations {mu}"] for mu in (1, 12, 2, 8)},
+        "fixed masks, mu 12": [variant("fixed_masks") + " --num_iterations 12"],
+        **{f"p {p:g}": [f"{SHORT} --p_mask_prompt {p}"] for p in (0, 0.5, 0.7, 0.3)},
         "sequence mean": [variant("sequence_mean")],
         "Gumbel in bfloat16": [variant("gumbel_bfloat16")],
     },
