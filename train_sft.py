@@ -18,8 +18,9 @@ from data.files import read_rows
 from data.tokenizer import Tokenizer
 from model import (HEAD_CHUNK, Config, LLaDA, add_lora, find_checkpoint, init_lora, load_weights, read_weights,
                    save_weights)
-from parallel import (Passes, Processes, Run, Signals, add_parallel_options, compile_time, fill, fill_defaults, gathered,
-                      one_line_errors, parallelise, pick_dtype, print_plan, processes, progress, update_or_stop)
+from parallel import (Passes, Processes, Run, Signals, add_parallel_options, compile_time, fill, fill_defaults,
+                      gathered, one_line_errors, parallelise, pick_dtype, print_plan, processes, progress,
+                      update_or_stop)
 
 MIN_T = 1e-3  # t = (1 - 1e-3) u + 1e-3, LLaDA's floor, bounds the weight 1 / t
 # option: (PAPER, the authors' value at 8B; TINY, the embedded model's)
