@@ -20,7 +20,7 @@ TABLE = torch.randn(4 ** (P + L), P + L, 4, generator=generator("table"), dtype=
 TABLE[..., MASK] = -torch.inf
 
 
-def network(ids, attn_mask=None, keep=None, targets=None):
+def network(ids, attn_mask=None, keep=None, targets=None, cache=None, start=0):
     """Logits looked up by the whole canvas: every token depends on every other in its own way."""
     logits = at(TABLE[(ids * PLACE).sum(1)], keep)
     return logits if targets is None else logits.log_softmax(-1).gather(-1, targets.view(*logits.shape[:2], -1)).view(
