@@ -55,7 +55,8 @@ def group_runs(runs):
     groups = {}
     for given, (_, rows) in zip(options, runs):
         named = [k for k in differing if given.get(k) != options[0].get(k)] or differing
-        label = ", ".join(f"{k} {given.get(k)}" for k in named) or str(given.get("task", "run"))
+        said = ", ".join(f"{k} {given[k]}" for k in named if given.get(k) is not None)
+        label = said or ("default" if named else str(given.get("task", "run")))
         groups.setdefault(label, []).append(rows)
     return dict(sorted(groups.items(), key=lambda item: [(not part.isdigit(), int(part) if part.isdigit() else part)
                                                          for part in re.split(r"(\d+)", item[0]) if part]))
