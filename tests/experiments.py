@@ -190,7 +190,8 @@ def collect(rows, tasks, seeds):
                 seconds = statistics.median(values["seconds"])
                 values["seconds"] = [seconds]
                 steps = min(len(curve) for curve in values["curve"])
-                done = max(1, min(steps, round(steps * first.setdefault(task, seconds) / seconds)))
+                share = first.setdefault(task, seconds) / seconds  # of its steps; clocks within 5% count as equal
+                done = steps if share > 0.95 else max(1, round(steps * share))
                 values["accuracy in equal time"] = [statistics.mean(curve[max(0, done - LAST):done])
                                                     for curve in values["curve"]]
             numbers = {name: v for name, v in values.items() if name != "curve"}
