@@ -11,7 +11,8 @@ from fractions import Fraction
 import numpy
 
 from data.files import find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, default_count, last_box, score_answer, write_completion
+from data.format import (FORMAT, MAX_TEXT, closed_answer, default_count, draw_behaviour, last_box, score_answer,
+                         write_completion)
 from data.published import first_answer, write_published
 
 HUB = ("Jiayi-Pan/Countdown-Tasks-3to4", "data/train-00000-of-00001.parquet")  # what d1 trains on
@@ -26,10 +27,6 @@ PYTHON_LOOKS = re.compile(r"[\d+\-*/().\s]+")
 LEFT_SIDE = re.compile(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]")
 QUESTION = ("Make an arithmetic expression that equals the target. Use each number exactly once, with + - * / and "
             "parentheses. Put only the expression inside the answer tags.")
-# Shares of the behaviours in a split of demonstrations. "mixed" is what the embedded model knows, as a model of the web
-# would (data/tiny/README.md); "corrected" is the second stage, in which every other trace goes wrong and mends itself.
-BEHAVIOURS = {"mixed": {"worked": 0.20, "hasty": 0.45, "untagged": 0.35},
-              "corrected": {"worked": 0.50, "corrected": 0.50}}
 
 
 def write_prompt(numbers, target):
@@ -40,7 +37,7 @@ def load(split, data=None, count=None, seed=0):
     """Problems as dicts with "prompt", "numbers", "target"; for demonstrations also "completion".
 
     split: "train" for RL; "test", held out; "worked", "mixed", "corrected", demonstrations for SFT, all worked or with
-    the BEHAVIOURS of that name. "test" draws from a part of the problem space that the others never see
+    format.BEHAVIOURS of that name. "test" draws from a part of the problem space that the others never see
     (`is_held_out`); a longer list begins with the shorter one. data: instead of generated problems those of a file, of
     d1's dataset/ folder, or of a dataset id (`read_problems`); count: how many, by default all of the file or
     format.COUNTS. Raises ValueError naming file and row.
@@ -62,9 +59,7 @@ def load(split, data=None, count=None, seed=0):
         misses = 0
         seen.add((numbers, target))
         examples.append({"prompt": write_prompt(numbers, target), "numbers": list(numbers), "target": target})
-        shares = BEHAVIOURS.get(split)
-        if shares or split == "worked":
-            behaviour = rng.choices(list(shares), list(shares.values()))[0] if shares else "worked"
+        if behaviour := draw_behaviour(split, rng):
             examples[-1]["completion"] = demonstrate(behaviour, numbers, target, rng)
     return examples
 
@@ -191,7 +186,7 @@ def correct(first, second, target):
 
 
 def demonstrate(behaviour, numbers, target, rng):
-    """A completion, one of BEHAVIOURS: worked or corrected, and right; hasty, closed and wrong; or without tags."""
+    """A completion: worked or corrected, and right; hasty, closed and wrong; or without tags."""
     if behaviour in ("worked", "corrected"):
         steps = solutions(tuple(sorted(numbers)))[target]
         return write_completion((work if behaviour == "worked" else correct)(*steps, target), expression(*steps))

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy
 
 from data.files import find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, default_count, is_formatted, unboxed, write_completion
+from data.format import (FORMAT, MAX_TEXT, closed_answer, default_count, draw_behaviour, is_formatted, unboxed,
+                         write_completion)
 from data.published import END, write_published
 
 # in the folder dataset/ of the d1 authors' repository
@@ -19,8 +20,6 @@ EMPTY_CELLS = 8  # as in the published test file
 QUESTION = ("Solve this four by four Sudoku, given row by row with zero for an empty cell. Every row, column and two "
             "by two box must hold each digit from one to four once. Put only the sixteen digits of the solution inside "
             "the answer tags.")
-BEHAVIOURS = {"mixed": {"worked": 0.20, "hasty": 0.45, "untagged": 0.35},  # see data/countdown.py
-              "corrected": {"worked": 0.50, "corrected": 0.50}}
 ROWS = [range(4 * r, 4 * r + 4) for r in range(4)]
 COLUMNS = [range(c, 16, 4) for c in range(4)]
 BOXES = [[8 * r + 2 * c + k for k in (0, 1, 4, 5)] for r in (0, 1) for c in (0, 1)]
@@ -53,9 +52,7 @@ def load(split, data=None, count=None, seed=0):
             continue
         seen.add(puzzle)
         examples.append({"prompt": write_prompt(puzzle), "puzzle": puzzle, "solution": solution})
-        shares = BEHAVIOURS.get(split)
-        if shares or split == "worked":
-            behaviour = rng.choices(list(shares), list(shares.values()))[0] if shares else "worked"
+        if behaviour := draw_behaviour(split, rng):
             examples[-1]["completion"] = demonstrate(behaviour, puzzle, solution, rng)
     return examples
 
@@ -137,7 +134,7 @@ def clashes(puzzle, solution):
 
 
 def demonstrate(behaviour, puzzle, solution, rng):
-    """A completion, one of BEHAVIOURS: worked or corrected, and right; hasty, closed and guessed; or without tags."""
+    """A completion: worked or corrected, and right; hasty, closed and guessed; or without tags."""
     if behaviour in ("worked", "corrected"):
         rows = [solution[r[0]:r[-1] + 1] for r in ROWS]
         if behaviour == "corrected" and (found := clashes(puzzle, solution)):

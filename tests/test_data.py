@@ -21,7 +21,7 @@ from conftest import ROOT, golden
 from data import TASKS, countdown, sudoku
 from data.countdown import demonstrate, expression, is_held_out, safe_value, solutions, values
 from data.files import read_rows
-from data.format import MAX_TEXT, closed_answer, is_formatted, write_completion
+from data.format import BEHAVIOURS, MAX_TEXT, closed_answer, is_formatted, write_completion
 from data.tokenizer import BOS, CONTROL, EOS, EOT, HEADER, MASK, Tokenizer, train_bpe
 from model import Config
 
@@ -218,7 +218,7 @@ def test_shares_of_behaviours_and_their_rewards(task):
         else:
             counted["untagged"] += 1
             assert closed_answer(text) is None and "<" not in text and sum(parts.values()) == sum(scores.values()) == 0
-    shares = TASKS[task].BEHAVIOURS["mixed"]
+    shares = BEHAVIOURS["mixed"]
     assert all(abs(counted[name] / len(rows) - share) < 0.03 for name, share in shares.items()), counted
     assert all(TASKS[task].score(e["completion"], e)["accuracy"] == 1 for e in examples(task, "worked"))
 
