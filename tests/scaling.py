@@ -10,6 +10,7 @@ tells. "last": the exponent between the two largest sizes, where fixed costs cou
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -44,9 +45,7 @@ def updating(model, prompts=2, prompt=64, length=64, group=6):
 
 def exponent(sizes, costs):
     """The slope of log cost over log size."""
-    x, y = ([math.log(v) for v in values] for values in (sizes, costs))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+    return statistics.linear_regression(*(list(map(math.log, values)) for values in (sizes, costs))).slope
 
 
 def cost(work, device, repeats):

@@ -146,12 +146,16 @@ def drawn(seed, N=2, K=2, G=3):
     return logps.requires_grad_(), old, ref, rewards - rewards.mean(-1, keepdim=True), mask
 
 
+def completions_of(mask):
+    """(prompt, mask, completion), its counted positions, and their number, at least 1."""
+    for index in itertools.product(*map(range, mask.shape[:3])):
+        counted = [j for j in range(L) if mask[index][j]]
+        yield *index, counted, max(1, len(counted))
+
+
 def gspo_by_hand(logps, old, ref, A, mask, epsilon, beta):
-    N, K, G, _ = logps.shape
-    total = 0
-    for n, k, i in itertools.product(range(N), range(K), range(G)):
-        counted = [j for j in range(L) if mask[n, k, i, j]]
-        length = max(1, len(counted))
+    total, (N, K, G, _) = 0, logps.shape
+    for n, k, i, counted, length in completions_of(mask):
         s = torch.exp(sum((logps[n, k, i, j] - old[n, k, i, j] for j in counted), torch.zeros(())) / length)
         total = total - torch.minimum(s * A[n, i], s.clamp(1 - epsilon, 1 + epsilon) * A[n, i])
         total = total + beta * sum(kl_k3(logps[n, k, i, j], ref[n, k, i, j]) for j in counted) / length
@@ -159,11 +163,8 @@ def gspo_by_hand(logps, old, ref, A, mask, epsilon, beta):
 
 
 def wd1_by_hand(logps, old, ref, A, mask, epsilon, beta):
-    N, K, G, _ = logps.shape
-    total = 0
-    for n, k, i in itertools.product(range(N), range(K), range(G)):
-        counted = [j for j in range(L) if mask[n, k, i, j]]
-        length = max(1, len(counted))
+    total, (N, K, G, _) = 0, logps.shape
+    for n, k, i, counted, length in completions_of(mask):
         push = A[n].exp()[i] / A[n].exp().sum() - (-A[n]).exp()[i] / (-A[n]).exp().sum()
         total = total - push * sum(logps[n, k, i, j] for j in counted) / length / (N * K)
         total = total + beta * sum(kl_k3(logps[n, k, i, j], ref[n, k, i, j]) for j in counted) / length / (N * K * G)
