@@ -121,16 +121,19 @@ def token_logps(x, head, targets):
     """log p of given tokens from the features before the head, in float32 or wider, at temperature 1.
 
     x (..., C); head (V, C); targets (...,) int64, or (..., G) for G tokens at each position. Returns targets' shape.
-    Goes through the head in chunks of positions, each computed again in the backward pass: no (positions, V) tensor
-    exists, neither now nor kept for the gradient.
+    Goes through the head in chunks of HEAD_CHUNK logits. Where there are several, each is computed again in the
+    backward pass, so that never more than one exists, neither now nor kept for the gradient.
     """
     def score(x, targets):
         return at_least_float32(F.linear(x, head)).log_softmax(-1).gather(-1, targets)
 
     tokens = targets if targets.dim() == x.dim() else targets[..., None]
     size = max(1, HEAD_CHUNK // len(head))
-    chunks = zip(x.flatten(0, -2).split(size), tokens.flatten(0, -2).split(size))  # (size, C), (size, G)
-    logps = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    chunks = list(zip(x.flatten(0, -2).split(size), tokens.flatten(0, -2).split(size)))  # (size, C), (size, G)
+    if len(chunks) == 1:  # the backward pass needs it in any case: kept, it is computed once
+        logps = [score(*chunks[0])]
+    else:
+        logps = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.cat(logps).view(targets.shape).clone()  # FSDP wants an output that is no view
 
 
@@ -154,8 +157,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = at_least_float32(x)
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        normed = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)
         return self.weight * normed.to(x.dtype)
 
 
