@@ -387,7 +387,7 @@ def main(args):
             model = build_policy(args, folder, procs, dtype)
             trainable = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
-                                          fused=procs.device.type == "cuda")
+                                          fused=True)
             reference = reference_policy(model, args, folder, procs, dtype) if args.beta else None
             state = run.restore(model, optimizer, load_weights, functools.partial(save_weights, base=args.model),
                                 tokenizer.save)

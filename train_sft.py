@@ -239,7 +239,7 @@ def main(args):
             model = build_model(args, folder, procs, dtype)
             trainable = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
-                                          fused=procs.device.type == "cuda")
+                                          fused=True)
             state = run.restore(model, optimizer, load_weights, functools.partial(save_weights, base=args.model),
                                 tokenizer.save)
         order = torch.randperm(len(rows), generator=generator(args.seed, "held out")).tolist()

@@ -157,7 +157,8 @@ def policy(model, lora):
     else:
         frozen = copy.deepcopy(model).requires_grad_(False)
         reference = functools.partial(contextlib.nullcontext, frozen)
-    return model, reference, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return model, reference, torch.optim.AdamW(trainable, lr=0.0, fused=True)
 
 
 def update_phase(trained, P, L, prompts, mu, group=G):
