@@ -33,6 +33,7 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.9])
     p.add_argument("--block_length", type=int, nargs="+", default=[8])
     p.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.7, 0.5])
+    p.add_argument("--split", choices=("train", "test"), default="test")
     p.add_argument("--count", type=int, default=512, help="problems")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--device")
@@ -45,7 +46,7 @@ def main(args):
         model = LLaDA.from_pretrained(args.model, procs.device).eval()
         tokenizer = Tokenizer.from_folder(args.model, model.config)
         for task, temperature in ((task, t) for task in args.task for t in args.temperature):
-            examples = TASKS[task].load("test", count=args.count)
+            examples = TASKS[task].load(args.split, count=args.count)
             for block, threshold, cache in ((b, t, c) for b in args.block_length for t in (None, *args.threshold)
                                             for c in (None, "prefix", "dual")):
                 options = dict(temperature=temperature, block_length=block, threshold=threshold, cache=cache,
