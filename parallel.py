@@ -728,7 +728,7 @@ def planned_memory(c, args, gpus, chunk, passes):
     return found
 
 
-def planned_flops(c, args, passes, train=False):
+def planned_flops(c, args, chunk, passes, train=False):
     """Floating-point operations of the passes over all GPUs, a multiplication and an addition being two.
 
     A weight that a token meets costs 2 forward, 2 backward for the gradient of its input, 2 more if it is trained.
@@ -738,7 +738,8 @@ def planned_flops(c, args, passes, train=False):
     forward = 1 + (train and args.checkpoint_activations)
     weights = base * (forward + train + train * full) + adapters * (forward + 2 * train)
     attention = 2 * passes.length * c.d_model * c.n_layers * (forward + 2 * train)  # q k, and its product with v
-    head = c.d_model * c.embedding_size * (1 + train * (2 + full))  # scored once more in the backward pass
+    again = passes.rows * passes.kept * c.embedding_size > chunk  # scored once more in the backward pass
+    head = c.d_model * c.embedding_size * (1 + train * (1 + full + again))
     both = 2 * c.d_model * c.n_kv_heads * c.head_dim * c.n_layers  # keys and values: everywhere in the last block too
     spared = (weights * (1 - both / base) + attention) / c.n_layers * passes.narrow
     return 2 * passes.total * passes.times * (passes.length * (weights + attention) + passes.kept * head
@@ -778,7 +779,7 @@ def print_plan(c, args, chunk, passes_of):
                 procs.print(f"  {words:<25} {other['peak'] / GIB:7.2f}"
                             + ", fits" * (other["peak"] / GIB < size - SPARE))
     passes = passes_of(c, args, gpus)
-    costs = {name: planned_flops(c, args, one, name == "update") for name, one in passes.items()}
+    costs = {name: planned_flops(c, args, chunk, one, name == "update") for name, one in passes.items()}
     for name, cost in {**costs, "step": sum(costs.values())}.items():
         words = f"if a GPU does {RATE / 1e12:.0f} TFLOP/s and communication hides behind it: an estimate"
         if name in passes:

@@ -360,8 +360,9 @@ def passes_of(c, args, gpus):
     G, part = args.group_size, min(args.microbatch, len(mine))
     rows = {"one_step": K, "random_mask": K * G, "coupled": 2 * K * G + 1, "trajectory": args.snapshots * G}
     scored = Passes(N * rows[args.estimator], part * rows[args.estimator], length, args.gen_length, mu)
+    policies, draws = 2 if args.beta else 1, 1 if args.estimator == "trajectory" else mu  # it is scored once for all mu
     return {"rollout": Passes(N * G, args.rollout_batch, length, args.block_length, args.diffusion_steps),
-            "logps": replace(scored, times=mu * (2 if args.beta else 1)), "update": scored}
+            "logps": replace(scored, times=policies * draws), "update": scored}
 
 
 def main(args):

@@ -7,9 +7,9 @@
 
 They run by turns in one process; a ratio is that of their medians. They share the network, so it is the algorithm
 that is compared, and each draws its own noise: the transcription from one generator over all logits, ours per row.
-"fast" is approximate: dual cache and threshold 0.9. The embedded model runs its own settings, 16 prompts of 6, 32 tokens
-in blocks of 8, on its own problems, whose rows leave after EOS. With the vocabulary of LLaDA-8B (random weights, so no
-row leaves) it is d1's: an average step of a canvas of 200 + 256 tokens in blocks of 32, which finds 17 of 456 masked.
+"fast" is approximate: dual cache and threshold 0.9. The embedded model runs its own settings, 16 prompts of 6, 32
+tokens in blocks of 8, on its own problems, whose rows leave after EOS. With the vocabulary of LLaDA-8B (random weights,
+so no row leaves) it is d1's: an average step of a canvas of 200 + 256 tokens in blocks of 32, which finds 17 masked.
 "limit": the arithmetic of ours (its matrix products, counted by torch) over what this machine does in its time when it
 multiplies large matrices and does nothing else; counting takes longer than a run, so not with --quick.
 """
@@ -361,8 +361,9 @@ def main(args):
             memory("update_memory_large_vocab", "peak memory of an update, V 126,464", *peaks_on_cpu("large"))
     print(table(rows))
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    counted = f"medians of {rounds}" + f", of one first run above {QUICK_LIMIT} s" * args.quick
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{name}{load}, {str(dtype).removeprefix('torch.')}, medians of {rounds}{f', above {QUICK_LIMIT} s one first run' * args.quick}, "
+    print(f"{name}{load}, {str(dtype).removeprefix('torch.')}, {counted}, "
           f"{peak / 1e9:.0f} GFLOP/s in a matrix product, {time.monotonic() - start:.0f} s in all")
     if args.json:
         Path(args.json).write_text(json.dumps(ratios, indent=2) + "\n")

@@ -91,7 +91,8 @@ class Job:
         return planned_memory(self.config, self.args, self.procs.world, HEAD_CHUNK, self.passes)
 
     def flops(self, *phases):
-        return sum(planned_flops(self.config, self.args, self.passes[name], name == "update") for name in phases)
+        return sum(planned_flops(self.config, self.args, HEAD_CHUNK, self.passes[name], name == "update")
+                   for name in phases)
 
     def peak(self, run):
         """Bytes that were allocated at once while run() went on, and its seconds."""

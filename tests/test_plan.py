@@ -10,7 +10,7 @@ import train_grpo
 import train_sft
 from conftest import golden
 from model import LORA_TARGETS, Config, LLaDA, add_lora, rope_tables
-from parallel import Passes, pick_dtype, planned_memory, planned_parameters, processes
+from parallel import Passes, fill_defaults, pick_dtype, planned_flops, planned_memory, planned_parameters, processes
 
 LLADA_8B = str(gpu_8b.ROOT / "tests" / "llada_8b")
 SFT = ["--batch_size", 4, "--microbatch", 2, "--max_length", 300]
@@ -121,6 +121,17 @@ def test_plan_says_what_helps(capsys, script, words, helps):
         count = ["--plan", option.split()[0]] if option.endswith("GPUs") else ["--plan", 1, *option.split()]
         other, _ = plan(capsys, script, *words, *count)
         assert f"{other['peak']:.2f}" in line and line.endswith("fits") == (other["peak"] < 74)
+
+
+def test_plan_counts_what_is_computed_once():
+    """The trajectory estimator has no draw: old and reference log-probs serve all updates. One chunk is scored once."""
+    args = train_grpo.parse_args(["--task", "countdown", "--model", LLADA_8B, "--estimator", "trajectory"])
+    fill_defaults(args, train_grpo.default_options("countdown"), Config.from_folder(LLADA_8B))
+    passes = train_grpo.passes_of(None, args, 1)
+    assert (passes["logps"].times, passes["update"].times) == (2, 8)
+    one, two = (planned_flops(Config.from_folder(LLADA_8B), args, 126464 * positions, Passes(1, 1, 456, 256), True)
+                for positions in (256, 255))  # in a chunk
+    assert two - one == 2 * 4096 * 126464 * 256
 
 
 def test_plan_reads_only_config_json(capsys, tmp_path, monkeypatch):
