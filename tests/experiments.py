@@ -78,11 +78,11 @@ def gumbel_bfloat16(logits, temperature, uniform, mask_id):
     return (logits.bfloat16().exp() / (-noise.log()) ** temperature).argmax(-1)
 
 
-VARIANTS = {
-    "fixed_masks": (train_grpo, "draw_prompt_masks", fixed_masks),
-    "mask_per_completion": (train_grpo, "log_probs", mask_per_completion),
-    "sequence_mean": (train_grpo, "diffu_grpo_loss", sequence_mean),
-    "gumbel_bfloat16": (sample, "choose", gumbel_bfloat16),
+VARIANTS = {  # name: (where, under what name, what stands there instead)
+    "fixed_masks": (vars(train_grpo), "draw_prompt_masks", fixed_masks),
+    "mask_per_completion": (vars(train_grpo), "log_probs", mask_per_completion),
+    "sequence_mean": (train_grpo.OBJECTIVES, "grpo", sequence_mean),
+    "gumbel_bfloat16": (vars(sample), "choose", gumbel_bfloat16),
 }
 
 # ---------------------------------------------------------------- rows: {label: [commands]}
@@ -235,8 +235,8 @@ def main(args):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["variant"]:
-        module, name, function = VARIANTS[sys.argv[2]]
-        setattr(module, name, function)
+        place, name, function = VARIANTS[sys.argv[2]]
+        place[name] = function
         train_grpo.main(train_grpo.parse_args(sys.argv[3:]))
     else:
         main(parse_args())

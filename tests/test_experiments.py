@@ -36,8 +36,29 @@ def test_a_later_command_builds_on_the_folder_of_an_earlier_one():
     assert "--task sudoku" in grpo[0] and "--seed 2" in sft[0]
 
 
-def test_variants_name_what_they_replace():
-    assert all(callable(getattr(module, name)) for module, name, _ in experiments.VARIANTS.values())
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """What two updates of two prompts log, under the variant that is put in place before."""
+    def run(name):
+        out = tmp_path_factory.mktemp("runs") / name
+        train_grpo.main(train_grpo.parse_args(shlex.split(
+            f"--task countdown --steps 1 --prompts_per_step 2 --group_size 4 --masks_per_prompt 4 --num_iterations 2 "
+            f"--p_mask_prompt 0.5 --eval_count 0 --lr 1e-3 --device cpu --out {shlex.quote(str(out))}")))
+        row = json.loads((out / "metrics.jsonl").read_text())
+        return {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
+    plain = run("plain")
+    assert run("again") == plain
+    return run, plain
+
+
+@pytest.mark.parametrize("name", experiments.VARIANTS)
+def test_a_variant_changes_a_run(short_run, name, monkeypatch):
+    place, what, function = experiments.VARIANTS[name]
+    assert callable(place[what])
+    monkeypatch.setitem(place, what, function)
+    run, plain = short_run
+    changed = {key for key, value in run(name).items() if value != plain[key]}
+    assert {"loss", "grad_norm"} <= changed and ("completion_length" in changed) == (name == "gumbel_bfloat16")
 
 
 def test_fixed_masks_are_the_same_for_all_updates_and_steps():
