@@ -660,7 +660,7 @@ PLANNED = {
     "gradients": "float32", "optimizer": "AdamW: two moments in float32", "reference": "a frozen copy; LoRA needs none",
     "activations": "kept for the backward pass of a micro-batch", "block": "at work in the backward pass of one block",
     "logits": "a chunk, its log-softmax, their gradients: float32", "gathered": "what FSDP has whole of both at a time",
-    "update": "peak of an update", "rollout": "peak without gradients", "peak": "the largest; the optimizer's step too"}
+    "update": "peak of an update", "rollout": "peak without gradients", "peak": "the larger of the two"}
 
 
 @dataclass(frozen=True)
@@ -724,7 +724,7 @@ def planned_memory(c, args, gpus, chunk, passes):
                  sample.rows * sample.kept * V * (e + 24))  # logits of a window; their float64 copy, noise, the sum
     whole = some if args.keep_sharded else sharded * e * (count + adapters)
     found["rollout"] = held + whole + max(canvas, some * copied)
-    found["peak"] = max(found["update"], found["rollout"], held + 2 * found["gradients"])  # the last: AdamW at work
+    found["peak"] = max(found["update"], found["rollout"])
     return found
 
 

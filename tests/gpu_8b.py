@@ -63,7 +63,8 @@ class Job:
             self.model = build(args, args.model, procs, dtype)
             if script is train_grpo and args.beta:
                 reference = train_grpo.reference_policy(self.model, args, args.model, procs, dtype)
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=args.lr)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=args.lr,
+                                           fused=True)
         if script is train_sft:
             rows = [(self.ids(i, args.max_length), args.max_length // 8) for i in range(args.batch_size)]
             self.work = self.model, self.optimizer, rows, self.tokenizer, args, procs
