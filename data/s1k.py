@@ -1,4 +1,4 @@
-"""s1K (arXiv:2501.19393): a thousand questions with long reasoning traces, what d1 trains on in stage one."""
+"""s1K (arXiv:2501.19393): questions with long reasoning traces, for the first stage of d1."""
 from data.files import SUFFIXES, find_file, read_rows
 from data.format import FORMAT, write_completion
 
@@ -7,10 +7,10 @@ QUESTION = "Answer the question."
 
 
 def load(split="mixed", data=None, count=None, seed=0):
-    """Demonstrations as dicts with "prompt" and "completion": the trace as reasoning, the attempt as answer.
+    """Demonstrations as dicts with "prompt" and "completion": the trace, then the attempt.
 
-    data: a file with question, thinking_trajectories (a list, the first counts) and attempt, a folder or dataset id
-    that holds the published file; default: the public dataset. Raises ValueError naming file and row.
+    data: a file with question, thinking_trajectories (a list, the first counts) and attempt, or a
+    folder or dataset id with the published file, the default. SystemExit names file and row.
     """
     path = find_file(data, [f"s1k{suffix}" for suffix in SUFFIXES], HUB)
     rows = read_rows(path, ("question", "thinking_trajectories", "attempt"))
@@ -20,8 +20,9 @@ def load(split="mixed", data=None, count=None, seed=0):
 def read_demonstration(row, path):
     traces = row["thinking_trajectories"]
     trace = traces[0] if isinstance(traces, list) and traces else traces
-    if not all(isinstance(text, str) and text.strip() for text in (row["question"], trace, row["attempt"])):
-        raise ValueError(f"--data {path}, row {row['row']}: question, the first of thinking_trajectories and attempt "
-                         "must be text")
+    texts = (row["question"], trace, row["attempt"])
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise SystemExit(f"error: --data {path}, row {row['row']}: question, the first of "
+                         "thinking_trajectories and attempt must be text")
     return {"prompt": f"{FORMAT}\n\n{QUESTION}\n\n{row['question'].strip()}",
             "completion": write_completion(trace.strip(), row["attempt"].strip())}
