@@ -1,8 +1,8 @@
 """The mathematics of d1 (arXiv:2504.12216) as pure functions of tensors.
 
-Stage one is masked SFT: `forward_process`, `sft_weights`. Stage two is diffu-GRPO: `one_step_logps`, `group_advantages`,
-`diffu_grpo_loss`. Names of shapes: N prompts of P tokens, G completions of L tokens for each prompt, T = P + L; B rows of
-T tokens in SFT. All randomness comes in as an argument, drawn from a `generator` of its own.
+Stage one is masked SFT: `forward_process`, `sft_weights`. Stage two is diffu-GRPO: `one_step_logps`,
+`group_advantages`, `diffu_grpo_loss`. Shapes: N prompts of P tokens, G completions of L tokens for
+each, T = P + L; B rows of T tokens in SFT. Randomness comes in as an argument.
 """
 import functools
 import hashlib
@@ -12,17 +12,14 @@ import torch.nn.functional as F
 
 
 def generator(*key):
-    """A torch.Generator seeded by a key such as (seed, "rollout", step, prompt). The same key gives the same numbers."""
+    """A torch.Generator seeded by a key such as (seed, "rollout", step, prompt)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def draw_indices(size, step, count, seed):
-    """The `count` dataset indices of a step, as a list. Every item comes once per epoch, in an order of the epoch's own.
-
-    The order is a function of (seed, epoch), so a run that is resumed needs no state to repeat it.
-    """
-    places = [divmod(i, size) for i in range(step * count, (step + 1) * count)]  # (epoch, offset)
+    """The `count` dataset indices of a step. Each epoch has its own order, so no state is kept."""
+    places = [divmod(i, size) for i in range(step * count, (step + 1) * count)]
     return [epoch_order(size, seed, epoch)[offset] for epoch, offset in places]
 
 
@@ -34,27 +31,26 @@ def epoch_order(size, seed, epoch):
 # ---------------------------------------------------------------- masked SFT
 
 def forward_process(ids, t, maskable, mask_id, generator):
-    """Replace each maskable token by [MASK] with probability t, independently (LLaDA, section 2.2).
+    """Replace each maskable token by [MASK] with probability t (LLaDA, section 2.2).
 
-    ids (B, T) int64; t (B,); maskable (B, T) bool, False on the prompt. Returns the noised ids and which tokens were
-    masked, both (B, T).
+    ids (B, T) int64; t (B,); maskable (B, T) bool. Returns the noised ids and what was masked.
     """
     masked = (torch.rand(ids.shape, generator=generator) < t[:, None]) & maskable
     return ids.masked_fill(masked, mask_id), masked
 
 
 def sft_weights(t, answer):
-    """The weight of each token's cross-entropy: 1 / t, divided by the answer tokens of the batch (d1, eq. 1).
+    """The weight of each token's cross-entropy: 1 / t, per answer token of the batch (d1, eq. 1).
 
-    t (B,); answer (B, T) bool. Returns (B, T). EOS padding counts as answer: so the model learns to stop.
+    t (B,); answer (B, T) bool. Returns (B, T). EOS padding counts as answer: the model learns to stop.
     """
     return (1 / t / answer.sum().clamp(min=1))[:, None].expand(answer.shape)
 
 
 def sft_loss(logps, masked, weights):
-    """Weighted cross-entropy of the masked tokens. The losses of the parts of a batch add up to the batch's loss.
+    """Weighted cross-entropy of the masked tokens. The losses of the rows of a batch add up.
 
-    logps (M,): log-probabilities of the true tokens where `masked` is True, in row-major order; masked, weights (B, T).
+    logps (M,): of the true tokens where `masked` is True, row by row; masked, weights (B, T).
     """
     return -(logps * weights[masked]).sum()
 
@@ -62,29 +58,30 @@ def sft_loss(logps, masked, weights):
 # ---------------------------------------------------------------- diffu-GRPO
 
 def one_step_logps(model, prompt, prompt_masked, completions, mask_id, attn_mask=None):
-    """log pi(o_l | q') of every completion token, from one forward pass over a fully masked completion (section 3.2).
+    """log pi(o_l | q') of all tokens from one pass over a fully masked completion (section 3.2).
 
-    prompt (N, P); prompt_masked (N, P) bool, the tokens hidden in q'; completions (N, G, L); attn_mask (N, P) bool,
-    False at padding. Returns (N, G, L). What the network sees does not depend on the completion, so one row scores all
-    G completions of a prompt.
+    prompt (N, P); prompt_masked (N, P) bool, the tokens hidden in q'; completions (N, G, L);
+    attn_mask (N, P) bool, False at padding. Returns (N, G, L). The network does not see the
+    completion, so one row scores all G completions of a prompt.
     """
     (N, P), L = prompt.shape, completions.shape[-1]
     noised = prompt.masked_fill(prompt_masked, mask_id)  # (N, P)
     rows = torch.cat([noised, noised.new_full((N, L), mask_id)], dim=1)  # (N, T)
     if attn_mask is not None:
         attn_mask = F.pad(attn_mask, (0, L), value=True)  # (N, T)
+    keep = torch.arange(P, P + L, device=rows.device).expand(N, L)  # the completion's positions
     targets = completions.transpose(1, 2)  # (N, L, G): G tokens to score at each position
-    return model(rows, attn_mask, keep=slice(P, P + L), targets=targets).transpose(1, 2)
+    return model(rows, attn_mask, keep, targets).transpose(1, 2)
 
 
 def completion_mask(completions, eos_id):
-    """True for the tokens that count: up to and including the first EOS. (..., L) int64 -> (..., L) bool."""
+    """True for the tokens that count, up to and including the first EOS. (..., L) -> (..., L) bool."""
     eos_so_far = (completions == eos_id).cumsum(-1)
     return (eos_so_far == 0) | ((eos_so_far == 1) & (completions == eos_id))
 
 
 def group_advantages(rewards):
-    """The reward minus the mean of its group, not divided by the standard deviation (section 3.1). (N, G) -> (N, G)."""
+    """The reward minus the mean of its group (section 3.1). (N, G) -> (N, G)."""
     return rewards - rewards.mean(-1, keepdim=True)
 
 
@@ -95,24 +92,24 @@ def kl_k3(logps, ref_logps):
 
 
 def diffu_grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta, token_count):
-    """The clipped objective of diffu-GRPO, to minimise (eq. 4, with the mean over tokens of the authors' code).
+    """The clipped objective of diffu-GRPO, to minimise (eq. 4, averaged over tokens as in the code).
 
-        - 1 / tokens * sum_i sum_l [ min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta KL ],  rho = pi / pi_old
+        - 1 / tokens * sum_i sum_l [ min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta KL ]
 
-    logps, old_logps, ref_logps (N, G, L), the last None where beta is 0; advantages (N, G); mask (N, G, L) bool;
-    token_count: the True tokens in the masks of the whole batch, over all micro-batches and processes, so that their
-    losses add up. Returns the loss and a dict of statistics that add up in the same way.
+    with rho = pi / pi_old. logps, old_logps, ref_logps (N, G, L); advantages (N, G); mask (N, G, L)
+    bool; token_count: True values in the masks of the whole batch, so that the losses of its parts
+    add up. Returns the loss, and a dict of statistics that add up in the same way.
     """
-    def mean(values):  # (N, G, L) -> this part's share of the batch's mean
+    def mean(values):  # this part's share of the mean over the batch
         return (values * mask).sum() / token_count
 
     # what does not count is 0 before exp: an overflow there would be inf * 0 = NaN
     log_ratio = (logps - old_logps).masked_fill(~mask, 0)  # (N, G, L)
     ratio = log_ratio.clamp(max=80).exp()  # float32's exp overflows at 88
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
-    gain, clipped_gain = ratio * advantages[..., None], clipped * advantages[..., None]
+    gain = ratio * advantages[..., None]
+    clipped_gain = ratio.clamp(1 - epsilon, 1 + epsilon) * advantages[..., None]
     per_token = -torch.minimum(gain, clipped_gain)
-    stats = {"clip_fraction": mean((clipped_gain < gain).float())}  # tokens that the clip takes the gradient from
+    stats = {"clip_fraction": mean((clipped_gain < gain).float())}  # tokens that lose the gradient
     if beta:
         kl = kl_k3(logps.masked_fill(~mask, 0), ref_logps.masked_fill(~mask, 0))
         per_token = per_token + beta * kl

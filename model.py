@@ -1,77 +1,59 @@
 """LLaDA in plain PyTorch: the transformer, and its weights in and out in the published layout.
 
-A LLaMA-style network with two differences: attention is bidirectional, and logits[i] predict token i,
-not i + 1. Parameters have the names of the published checkpoints, so that none is ever renamed.
+A LLaMA-style network with two differences: attention is bidirectional, and logits[i] predict token
+i, not i + 1. Parameters have the names of the published checkpoints. Everything on the disk is
+safetensors and JSON; no pickle is opened, and no code of a checkpoint is run.
 """
-import re
-from dataclasses import dataclass, fields
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from weights import (  # noqa: F401: the last three are only handed on
-    check_fields, copy_into, find_checkpoint, load_weights, read_json, TINY, full_tensor, save_weights)
-
+TINY = Path(__file__).resolve().parent / "data" / "tiny"
 HEAD_CHUNK = 2 ** 26  # logits that exist at a time while tokens are scored: 0.25 GB in float32
-SUPPORTED = {  # fields that would change the network, and the values of every published LLaDA
-    "model_type": ["llada"], "block_type": ["llama"], "layer_norm_type": ["rms"], "activation_type": ["silu"],
-    "rope": [True], "rope_full_precision": [True], "layer_norm_with_affine": [True], "alibi": [False],
-    "bias_for_layer_norm": [False], "attention_layer_norm": [False], "include_bias": [False],
-    "include_qkv_bias": [False], "scale_logits": [False], "input_emb_norm": [False], "clip_qkv": [None, False],
-    "block_group_size": [1], "multi_query_attention": [None, False], "attention_dropout": [0.0],
-    "residual_dropout": [0.0], "embedding_dropout": [0.0],
+MAX_SHARD_BYTES = 5_000_000_000
+SUPPORTED = {  # fields that would change the network, with the value of every published LLaDA
+    "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "rope": True,
+    "activation_type": "silu", "rope_full_precision": True, "layer_norm_with_affine": True,
+    "block_group_size": 1, **dict.fromkeys((
+        "alibi", "include_bias", "include_qkv_bias", "bias_for_layer_norm", "scale_logits",
+        "attention_layer_norm", "input_emb_norm", "clip_qkv", "multi_query_attention",
+        "attention_dropout", "residual_dropout", "embedding_dropout"), 0),  # 0, false or null
+}
+NEEDED = {
+    **dict.fromkeys(("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size"), int),
+    **dict.fromkeys(("embedding_size", "max_sequence_length", "mask_token_id", "eos_token_id"), int),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps", "init_std"), float), "weight_tying": bool,
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    """The fields of config.json that shape the network; `raw` holds the whole file, for a copy."""
-    d_model: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    mlp_hidden_size: int
-    vocab_size: int
-    embedding_size: int
-    max_sequence_length: int
-    mask_token_id: int
-    eos_token_id: int
-    rope_theta: float
-    rms_norm_eps: float
-    weight_tying: bool
-    init_std: float
-    raw: dict
-
-    @property
-    def head_dim(self):
-        return self.d_model // self.n_heads
+class Config(SimpleNamespace):
+    """The fields of config.json, of which NEEDED shape the network; `raw` is the file, for a copy."""
 
     @classmethod
     def from_folder(cls, folder):
         """Read config.json. Exits naming a field that is missing, malformed or not supported."""
-        path = Path(folder) / "config.json"
+        path = Path(folder, "config.json")
         raw = read_json(path)
-        full = {"model_type": None, "weight_tying": False, "init_std": 0.02, **raw, "raw": raw}
-        full["n_kv_heads"] = raw.get("n_kv_heads") or raw.get("n_heads")
-        full["embedding_size"] = raw.get("embedding_size") or raw.get("vocab_size")
-        mlp_from_ratio = (raw.get("mlp_ratio") or 0) * (raw.get("d_model") or 0)
-        full["mlp_hidden_size"] = raw.get("mlp_hidden_size") or mlp_from_ratio
-        check_fields(path, full, SUPPORTED)
-        for field in fields(cls)[:-1]:
-            value, kind = full.get(field.name), field.type
-            least = 0 if kind is bool or field.name.endswith("_id") else 1e-12
-            type_fits = type(value) is kind or (kind is float and type(value) is int)
-            if not type_fits or not value >= least:  # NaN is not >= anything
-                raise SystemExit(f"error: {path}: {field.name} = {value!r} is no valid {kind.__name__}")
-        config = cls(**{field.name: full[field.name] for field in fields(cls)})
-        if config.d_model % (2 * config.n_heads) or config.n_heads % config.n_kv_heads:
-            raise SystemExit(f"error: {path}: n_kv_heads must divide n_heads, 2 * n_heads d_model")
-        for key in ("mask_token_id", "eos_token_id"):
-            if full[key] >= config.embedding_size:
-                raise SystemExit(f"error: {path}: {key} {full[key]} lies outside the embedding")
+        config = cls(**{"model_type": "", "weight_tying": False, "init_std": 0.02, **raw}, raw=raw)
+        for name, value in SUPPORTED.items():
+            if (vars(config).get(name, value) or 0) != value:
+                raise SystemExit(f"error: {path}: {name} is not {value!r}, which alone is supported")
+        config.n_kv_heads = raw.get("n_kv_heads") or raw.get("n_heads")
+        config.embedding_size = raw.get("embedding_size") or raw.get("vocab_size")
+        config.mlp_hidden_size = raw.get("mlp_hidden_size") or (
+            raw.get("mlp_ratio", 0) * raw.get("d_model", 0))
+        for name, kind in NEEDED.items():
+            value = getattr(config, name, None)
+            if type(value) not in (kind, int) or not value >= 0:
+                raise SystemExit(f"error: {path}: {name} = {value!r} is not a {kind.__name__} >= 0")
+        config.head_dim = config.d_model // config.n_heads
         return config
 
 
@@ -82,9 +64,9 @@ def at_least_float32(x):
 def token_logps(x, head, targets):
     """log p of given tokens, from the features before the head, in float32 or wider.
 
-    x (..., C); head (V, C); targets (...,) int64, or (..., G) for G tokens at each position. Returns the
-    shape of targets. Of several chunks of HEAD_CHUNK logits only one exists at a time, in the backward
-    pass too, which computes each again.
+    x (..., C); head (V, C); targets (...) int64, or (..., G) for G tokens at each position. Returns
+    the shape of targets. Of several chunks of HEAD_CHUNK logits only one exists at a time, also in
+    the backward pass, which computes each again.
     """
     def score(x, targets):
         return at_least_float32(F.linear(x, head)).log_softmax(-1).gather(-1, targets)
@@ -101,7 +83,7 @@ def token_logps(x, head, targets):
 
 
 class RMSNorm(nn.Module):
-    """LLaDA rounds before the weight; torch.nn.RMSNorm after it: a quarter of bfloat16 outputs differ."""
+    """As LLaDA rounds, before the weight; torch.nn.RMSNorm rounds behind it, and differs."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -121,21 +103,14 @@ def rope_tables(length, head_dim, theta, device):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, H, T, D) by its positions, in float32 or wider; the halves of D form the pairs."""
+    """Rotate x (B, H, T, D) by its positions, in float32 or wider; halves of D form the pairs."""
     wide = at_least_float32(x)
     left, right = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
-def select_positions(x, keep):
-    """x (B, T, C) at a slice of positions or at int64 (B, k) -> (B, k, C)."""
-    if isinstance(keep, slice):
-        return x[:, keep]
-    return x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
-
-
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU; ff_proj is the gate, up_proj the way up, ff_out the way down."""
+    """Pre-norm attention and SwiGLU. ff_proj is its gate, up_proj and ff_out the ways up and down."""
 
     def __init__(self, config):
         super().__init__()
@@ -153,37 +128,43 @@ class Block(nn.Module):
         self.ff_out = nn.Linear(mlp_size, d_model, bias=False)
 
     def forward(self, x, cos, sin, attn_mask=None, keep=None, cache=None):
-        """x (B, T, C) -> (B, k, C): all positions give keys and values, those in `keep` an output."""
-        h = kept = self.attn_norm(x)
-        q_cos, q_sin = cos, sin
+        """x (B, T, C) -> (B, T, C), or (B, k, C) at the positions `keep`, int64 (B, k).
+
+        All positions give keys and values. cache: those of the whole canvas where x is a part of it,
+        with its start: (keys, values, start), see variants/fast_dllm.py.
+        """
+        h = q_input = self.attn_norm(x)
+        q_cos, q_sin = cos, sin  # (T, D)
         if keep is not None:
-            x, kept = select_positions(x, keep), select_positions(h, keep)  # (B, k, C)
-            q_cos, q_sin = cos[keep].unsqueeze(-3), sin[keep].unsqueeze(-3)
-        q, k, v = self.q_proj(kept), self.k_proj(h), self.v_proj(h)
+            index = keep[..., None].expand(-1, -1, x.shape[-1])
+            x, q_input = x.gather(1, index), h.gather(1, index)  # (B, k, C)
+            q_cos, q_sin = cos[keep][:, None], sin[keep][:, None]  # (B, 1, k, D)
+        q, k, v = self.q_proj(q_input), self.k_proj(h), self.v_proj(h)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         q, k = apply_rope(q, q_cos, q_sin), apply_rope(k, cos, sin)  # (B, H, k, D), (B, KV, T, D)
-        if cache is not None:  # Fast-dLLM: keys and values of the whole canvas, of which x is a part
-            (keys, values, start), end = cache, cache[2] + k.shape[2]
-            keys[:, :, start:end] = k
-            values[:, :, start:end] = v
+        if cache is not None:
+            keys, values, start = cache
+            end = start + k.shape[2]
+            keys[:, :, start:end], values[:, :, start:end] = k, v
             k, v = keys, values
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)
-        x = x + self.attn_out(attended.transpose(1, 2).flatten(2))
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)
+        x = x + self.attn_out(a.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))  # (B, k, C)
 
 
 class LLaDA(nn.Module):
-    """The network: `model(ids)` gives logits, once `init_weights` or `load_weights` has set its weights."""
+    """The network. `model(ids)` gives logits, once `load_weights` has filled it."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        modules = {"wte": nn.Embedding(config.embedding_size, config.d_model),
+        size = config.embedding_size, config.d_model
+        modules = {"wte": nn.Embedding(*size),
                    "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
                    "ln_f": RMSNorm(config.d_model, config.rms_norm_eps)}
         if not config.weight_tying:
-            modules["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)  # the head
+            modules["ff_out"] = nn.Linear(*size[::-1], bias=False)  # the head
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict(modules)})
 
     @property
@@ -191,45 +172,120 @@ class LLaDA(nn.Module):
         return self.model["transformer"]["blocks"]
 
     def forward(self, ids, attn_mask=None, keep=None, targets=None):
-        """Logits (B, T, V), or only those at the positions `keep`, which are chosen before the head.
+        """Logits (B, T, V), or only those of some positions, which are chosen before the head.
 
-        ids (B, T) int64; attn_mask (B, T) bool, False at padding; keep: a slice or int64 (B, k) -> (B, k, V),
-        or bool (B, T) -> (number of True, V); targets: tokens at these positions, one or G at each: returns
-        their log-probabilities instead, see `token_logps`.
+        ids (B, T) int64; attn_mask (B, T) bool, False at padding; keep: int64 (B, k) -> (B, k, V),
+        or bool (B, T) -> (number of True, V); targets: tokens at these positions, one or G at each,
+        whose log-probabilities are then returned instead, see `token_logps`.
         """
-        net, length = self.model["transformer"], ids.shape[1]
-        if length > self.config.max_sequence_length:
-            raise ValueError(f"{length} tokens exceed max_sequence_length {self.config.max_sequence_length}")
-        x = net["wte"](ids)  # (B, T, C)
-        cos, sin = rope_tables(length, self.config.head_dim, self.config.rope_theta, ids.device)
+        net, config, length = self.model["transformer"], self.config, ids.shape[1]
+        if length > config.max_sequence_length:
+            raise ValueError(f"{length} tokens exceed max_sequence_length "
+                             f"{config.max_sequence_length}")
+        cos, sin = rope_tables(length, config.head_dim, config.rope_theta, ids.device)  # (T, D)
         if attn_mask is not None:
-            attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): every query sees the same keys
+            attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): all queries see the same keys
+        is_ragged = keep is not None and keep.dtype == torch.bool  # not as many in each row
+        x = net["wte"](ids)  # (B, T, C)
         *first_blocks, last_block = self.blocks
         for block in first_blocks:
             x = block(x, cos, sin, attn_mask)
-        if isinstance(keep, torch.Tensor) and keep.dtype == torch.bool:  # not as many in each row
-            x = last_block(x, cos, sin, attn_mask)[keep]  # (number of True, C)
-        else:
-            x = last_block(x, cos, sin, attn_mask, keep)  # (B, k, C)
-        x, head = net["ln_f"](x), net["wte" if self.config.weight_tying else "ff_out"].weight
+        x = last_block(x, cos, sin, attn_mask, None if is_ragged else keep)  # (B, k, C)
+        x = net["ln_f"](x[keep] if is_ragged else x)
+        head = net["wte" if config.weight_tying else "ff_out"].weight
         return F.linear(x, head) if targets is None else token_logps(x, head, targets)
-
-    def init_weights(self, generator):
-        """Draw weights from normal(0, init_std), those into the residual smaller by sqrt(2 layers)."""
-        for name, parameter in self.named_parameters():
-            weights = torch.ones(parameter.shape)
-            if parameter.dim() > 1:
-                into_residual = re.search(r"\.blocks\..*(attn_out|ff_out)\.weight", name)
-                divisor = (2 * self.config.n_layers) ** 0.5 if into_residual else 1.0
-                weights.normal_(0.0, self.config.init_std / divisor, generator=generator)
-            copy_into(parameter, weights)
-        return self
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
-        """Load a checkpoint: a folder or hub id."""
+        """Load a checkpoint, a folder or hub id: the short way to a plain model."""
         folder = find_checkpoint(name)
         with torch.device("meta"):
             model = cls(Config.from_folder(folder)).to(dtype)
         load_weights(model.to_empty(device=device), folder)
         return model
+
+
+# ---------------------------------------------------------------- weights in and out
+
+def find_checkpoint(name):
+    """The folder of a model: data/tiny of this repository, a local folder, or a hub id's snapshot."""
+    folder = TINY if name == "data/tiny" else Path(name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download  # slow to import; comes with tokenizers
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:  # ValueError: not of the form of an id
+        raise SystemExit(f"error: --model {name}: no such folder, and not to be had from the hub "
+                         f"({str(error).splitlines()[0]})") from None
+
+
+def read_json(path):
+    """The JSON object in a file."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise SystemExit(f"error: {path}: expected a JSON object ({error})") from None
+
+
+@torch.no_grad()
+def copy_into(parameter, tensor):
+    """Copy a full tensor into a parameter; where FSDP has spread it, this process's rows."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)  # nothing is sent
+    parameter.copy_(tensor)
+
+
+def load_tensors(parameters, folder, single="model.safetensors"):
+    """Fill {name: parameter} from a checkpoint: one file, or the shards that an index names.
+
+    Exits naming a tensor that is missing, unexpected, misshaped or not finite.
+    """
+    index, files, stored = Path(folder, f"{single}.index.json"), {single}, {}
+    if index.is_file():
+        files = set(read_json(index).get("weight_map", {}).values())
+    for file in files:
+        path = Path(folder, Path(file).name)  # never a file outside the folder
+        try:
+            tensors = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise SystemExit(f"error: {path}: {error}: an incomplete download, a Git-LFS pointer "
+                             "(git lfs pull), or a pickle (refused: convert it)?") from None
+        stored |= dict.fromkeys(tensors.keys(), tensors)
+    for name in sorted(stored.keys() | parameters.keys()):
+        shape = stored[name].get_slice(name).get_shape() if name in stored else "missing"
+        needed = list(parameters[name].shape) if name in parameters else "no such tensor"
+        if shape != needed:
+            raise SystemExit(f"error: {folder}: {name} is {shape}, the model needs {needed}")
+    for name, parameter in parameters.items():
+        tensor = stored[name].get_tensor(name)
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise SystemExit(f"error: {folder}: {name} holds NaN, Inf or whole numbers")
+        copy_into(parameter, tensor)
+
+
+def load_weights(model, folder):
+    """Load all weights of the model but its adapters, which have a file of their own."""
+    load_tensors({name: p for name, p in model.named_parameters() if ".lora_" not in name}, folder)
+
+
+def gather_tensors(parameters, is_writer=True):
+    """{name: full tensor on the CPU} of {name: parameter}. All processes call it, one keeps them."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        tensor = parameter.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if is_writer:
+            tensors[name] = tensor.cpu()
+    return tensors
+
+
+def save_weights(model, folder, is_writer=True):
+    """Write config.json and the weights: one file, or shards and an index above MAX_SHARD_BYTES."""
+    from huggingface_hub import save_torch_state_dict  # slow to import
+    tensors = gather_tensors(dict(model.named_parameters()), is_writer)
+    if is_writer:
+        Path(folder, "config.json").write_text(json.dumps(model.config.raw, indent=2) + "\n")
+        save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_BYTES)

@@ -1,11 +1,10 @@
-"""What surrounds a training: options with presets, the model to train, the run's folder and its checkpoints.
+"""What surrounds a training: options, the model to train, the run's folder, its checkpoints.
 
-A folder holds config.json, metrics.jsonl, samples.jsonl, summary.json and checkpoints such as step_000120/. A checkpoint
-is a model folder (weights or adapter, tokenizer) with the optimizer's state beside it, all in safetensors. Every process
-writes its own part of that state, so a run saved by n processes resumes on m.
+A checkpoint such as step_000120/ is a model folder (weights or adapter, tokenizer) with the
+optimizer's state beside it, all in safetensors. Every process writes its own part of that state,
+and a run saved by n processes resumes on m.
 """
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -14,248 +13,234 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
 from d1 import generator
+from data.tokenizer import Tokenizer
 from lora import add_lora, init_lora, load_trained, save_trained
-from model import TINY, LLaDA, load_weights
-from parallel import Stopped, parallelise
+from model import TINY, Config, LLaDA, find_checkpoint, load_weights, read_json
+from parallel import PARALLEL_OPTIONS, Stopped, parallelise
 
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names such as "state.<parameter>.exp_avg"
-KEPT_CHECKPOINTS = 2
-PRESETS = ("8b", "tiny")  # columns of the options: what the authors do with LLaDA-8B, what suits the embedded model
-FOLDER_OPTIONS = {
+PRESETS = ("8b", "tiny")  # columns: what the authors do with LLaDA-8B, what suits data/tiny
+RUN_OPTIONS = {
     "seed": (0, 0, "of all random numbers"),
-    "out": (None, None, "folder of the run; default: runs/SCRIPT-TASK"),
+    "out": ("", "", "folder of the run, or else runs/SCRIPT-TASK"),
     "resume": (False, False, "go on from the newest checkpoint in --out"),
     "save_every": (50, 0, "steps between checkpoints, 0: only the last"),
 }
+MAY_CHANGE = {  # what may change when a run is resumed: it does not decide what is learnt
+    "out", "resume", "save_every", "eval_every", "microbatch", "rollout_batch", *PARALLEL_OPTIONS}
 
-
-# ---------------------------------------------------------------- options
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option that has one."""
+    """Keeps the lines of the description, shows every default."""
 
 
 def make_parser(argv, description, groups):
-    """A parser with the options of {group: {name: row}}, and the options that decide which of their defaults apply.
+    """A parser with the options of {group: {name: (8b, tiny, words)}}, and a glance at the options.
 
-    The preset is --preset, or "tiny" for a model with the config.json of data/tiny, or "8b" for any other model.
+    The preset, the column that gives the defaults, is --preset, or "tiny" for a model with the
+    config.json of data/tiny, or "8b" for any other model.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, add_help=False,
-                                     conflict_handler="resolve", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter,
+                                     add_help=False, allow_abbrev=False, conflict_handler="resolve")
     parser.add_argument("--model", default="data/tiny", help="checkpoint folder or hub id")
-    parser.add_argument("--preset", choices=PRESETS, help="the defaults: of LLaDA-8B, or of data/tiny")
-    parser.add_argument("--task", nargs="+")
+    parser.add_argument("--preset", choices=PRESETS, help="defaults of LLaDA-8B or of data/tiny")
+    parser.add_argument("--task", nargs="+")  # for the glance; the script adds its own
     parser.add_argument("--gen_length", type=int)
-    chosen, _ = parser.parse_known_args(argv)
-    chosen.preset = chosen.preset or ("tiny" if is_tiny(chosen.model) else "8b")
-    parser.add_argument("--help", "-h", action="help", help="show this and exit")
-    parser.set_defaults(preset=chosen.preset)
+    glance, _ = parser.parse_known_args(argv)
+    config = Path(glance.model, "config.json")
+    is_tiny = config.is_file() and read_json(config) == read_json(TINY / "config.json")
+    glance.preset = glance.preset or PRESETS[is_tiny or glance.model == "data/tiny"]
+    parser.set_defaults(preset=glance.preset)
+    parser.add_argument("--help", action="help", help="show this and exit")
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         for name, (*defaults, words) in options.items():
-            add_option(group, name, defaults[PRESETS.index(chosen.preset)], words)
-    return parser, chosen
+            default = defaults[PRESETS.index(glance.preset)]
+            kind = {"type": type(default), "default": default}
+            if default is False:
+                kind = {"action": "store_true"}
+            group.add_argument(f"--{name}", help=words, **kind)
+    return parser, glance
 
-
-def is_tiny(model):
-    """Whether a model is the one in data/tiny, or was trained from it."""
-    config = Path(model, "config.json")
-    same = config.is_file() and json.loads(config.read_text()) == json.loads((TINY / "config.json").read_text())
-    return model == "data/tiny" or same
-
-
-def add_option(group, name, default, words):
-    """Add an option of the kind of its default: a flag, words, a number, a text."""
-    if default is False:
-        group.add_argument(f"--{name}", action="store_true", help=words)
-    elif isinstance(default, list):
-        group.add_argument(f"--{name}", nargs="+", default=default, help=words)
-    elif default is None:
-        group.add_argument(f"--{name}", help=words)
-    else:
-        group.add_argument(f"--{name}", type=number(type(default)), default=default, help=words)
-
-
-def number(kind):
-    """An argparse type: a number of a kind, int or float, not negative."""
-    def parse(text):
-        value = kind(text)
-        if not value >= 0:
-            raise argparse.ArgumentTypeError(f"{text} must not be negative")
-        return value
-    return parse
-
-
-# ---------------------------------------------------------------- the model
-
-def load_model(folder, config, args, procs, is_trained=True, from_scratch=False):
-    """The network, spread over the processes: weights to train, in float32, or adapters to train, on a frozen base.
-
-    is_trained: False for a frozen copy; from_scratch: random weights. What is frozen has the dtype of the computation.
-    """
-    with_adapters = bool(is_trained and args.lora_r)
-    with torch.device("meta"):
-        model = LLaDA(config).requires_grad_(is_trained)
-        model.to(torch.float32 if is_trained and not with_adapters else procs.dtype)
-        if with_adapters:
-            add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets)
-    parallelise(model, args, procs)  # before it has any weights: no process ever holds more than its part
-    model.to_empty(device=procs.device)
-    if from_scratch:
-        model.init_weights(generator(args.seed, "weights"))
-    else:
-        load_weights(model, folder)
-    if with_adapters:
-        init_lora(model, generator(args.seed, "lora"))
-    return model.eval()
-
-
-# ---------------------------------------------------------------- the folder
 
 class Run:
-    """The folder of one run. All processes call its methods; the main process writes."""
+    """A training and its folder. All processes call its methods; the main process writes."""
 
-    def __init__(self, out, args, procs, may_change=()):
-        """Take the folder `out`. With --resume it may hold this run, whose options differ in `may_change` alone."""
-        self.out, self.args, self.procs = Path(out), args, procs
+    def __init__(self, script, args, procs, may_change=()):
+        """Take the folder; with --resume it may hold this run, its options but for MAY_CHANGE."""
+        task = "-".join([args.task] if isinstance(args.task, str) else args.task) or "data"
+        self.out, self.args, self.procs = Path(args.out or f"runs/{script}-{task}"), args, procs
         self.step, self.started, self.evaluations = 0, time.monotonic(), {}
-        fault = self.take_folder(may_change) if procs.is_main else None
+        fault = self.take_folder(MAY_CHANGE.union(may_change)) if procs.is_main else ""
         fault = procs.gather([fault])[0]
         if fault:
-            raise SystemExit(f"error: --out {out}: {fault}" if procs.is_main else 1)
+            raise SystemExit(f"error: --out {self.out} {fault}" if procs.is_main else 1)
+        self.checkpoint = find_checkpoint(args.model)
+        self.config = Config.from_folder(self.checkpoint)
+        self.tokenizer = Tokenizer.from_folder(self.checkpoint, self.config)
 
     def take_folder(self, may_change):
-        """Lock the folder and write config.json. Returns what speaks against it, or None."""
+        """Lock the folder and write config.json. Returns what speaks against it, or ""."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.out / ".lock", "w")  # held until this process ends, however it ends
+        self.lock = open(self.out / ".lock", "w")  # held until this process ends
         if not lock(self.lock):
-            return "another process is writing there, stop it first"
-        options = json.loads(json.dumps(vars(self.args), default=str))
-        if any(path.name not in (".lock", "config.json") for path in self.out.iterdir()):
+            return "is in use: another process is writing there, stop it first"
+        options, path = vars(self.args), self.out / "config.json"
+        if {file.name for file in self.out.iterdir()} - {".lock", path.name}:
             if not options.get("resume"):
                 return "holds a run: continue it with --resume, or name another folder"
-            before = json.loads((self.out / "config.json").read_text())["options"]
-            for name in sorted(before.keys() & options.keys() - set(may_change)):
+            before = read_json(path)["options"]
+            for name in sorted(before.keys() & options.keys() - may_change):
                 if before[name] != options[name]:
-                    return f"--{name} was {before[name]!r} there, a resumed run cannot change it to {options[name]!r}"
-        write_json(self.out / "config.json", {
-            "options": options, "command": shlex.join(sys.argv), "commit": git_commit(),
-            "versions": {name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")},
-            "device": device_name(self.procs.device), "processes": self.procs.world})
-        return None
+                    return f"was run with --{name} {before[name]}, a resumed run cannot change that"
+        write_json(path, {"options": options, "command": shlex.join(sys.argv), "commit": commit(),
+                          "torch": torch.__version__, "device": self.procs.device_name,
+                          "processes": self.procs.world})
+        return ""
 
-    @property
-    def minutes(self):
-        """How long the run has taken, over all its lives."""
-        return (time.monotonic() - self.started) / 60
+    def load(self, betas):
+        """The model to train and its optimizer, as the newest checkpoint has them, if any."""
+        args, procs = self.args, self.procs
+        self.model = self.load_model()
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        decay = args.weight_decay
+        self.optimizer = torch.optim.AdamW(weights, args.lr, betas, weight_decay=decay, fused=True)
+        procs.print(f"{sum(p.numel() for p in weights):,} weights to train, preset {args.preset}, "
+                    f"{procs.world} x {procs.device}, {procs.dtype}")
+        self.restore()
+        return self.model, self.optimizer
+
+    def load_model(self, is_trained=True):
+        """The network, spread over the processes: what is trained in float32, or a frozen copy."""
+        args, dtype = self.args, self.procs.dtype
+        has_adapters = is_trained and args.lora_r > 0
+        with torch.device("meta"):
+            model = LLaDA(self.config).requires_grad_(is_trained)
+            model.to(torch.float32 if is_trained and not has_adapters else dtype)
+            if has_adapters:
+                add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets.split())
+        parallelise(model, args, self.procs)  # without weights: nobody ever holds all of them
+        load_weights(model.to_empty(device=self.procs.device), self.checkpoint)
+        if has_adapters:
+            init_lora(model, generator(args.seed, "lora"))
+        return model.eval()
+
+    def __enter__(self):
+        no_bar = None if self.procs.is_main else True  # None: a bar on a terminal alone
+        self.bar = tqdm(total=self.args.steps, initial=self.step, disable=no_bar)
+
+    def __exit__(self, kind, *_):
+        """After a signal, write a checkpoint and say how to go on."""
+        self.bar.close()
+        if kind is Stopped:
+            self.save()
+            self.procs.print(f"stopped after step {self.step}: --resume goes on from there")
+
+    def is_due(self, every):
+        """Whether what happens every so many steps, and after the last, happens now."""
+        return self.step == self.args.steps or (every and self.step % every == 0)
+
+    def evaluation_is_due(self):
+        return self.step not in self.evaluations and self.is_due(self.args.eval_every)
+
+    def log_evaluation(self, metrics):
+        self.evaluations[self.step] = metrics
+        self.log("metrics.jsonl", [metrics])
+
+    def log_step(self, row, samples=(), shown=()):
+        """Log a step, show some of its metrics, save when due, stop where a signal came."""
+        self.step += 1
+        self.log("metrics.jsonl", [row])
+        self.log("samples.jsonl", samples)
+        values = [f"{name} {row[name]:.3f}" for name in shown if name in row]
+        self.procs.print(f"step {self.step}/{self.args.steps}  {'  '.join(values)}")
+        self.bar.update()
+        if self.is_due(self.args.save_every):
+            self.save()
+        with self.procs.stoppable():
+            self.procs.check_stop()
 
     def log(self, file, rows):
-        """Append dicts to `file`, a JSON line each."""
+        """Append dicts to `file`, a JSON line each, with the step and the minutes so far."""
         if self.procs.is_main:
+            now = {"step": self.step, "minutes": (time.monotonic() - self.started) / 60}
             with open(self.out / file, "a", encoding="utf-8") as lines:
-                lines.write(json_lines(rows))
+                for row in rows:
+                    lines.write(json.dumps(now | row, ensure_ascii=False) + "\n")
 
-    def train(self, take_step, evaluate, shown):
-        """Take all steps that are left. In between log, evaluate and save when due; stop cleanly on a signal.
+    def finish(self, **results):
+        """Write summary.json: results, and the held-out metrics before and after training."""
+        for when, step in (("before", 0), ("after", self.step)):
+            metrics = self.evaluations.get(step, {})
+            results |= {f"{name}_{when}".removeprefix("held_out_"): metrics[name] for name in metrics}
+        summary = {"task": self.args.task, "seed": self.args.seed, "steps": self.step, **results,
+                   "minutes": (time.monotonic() - self.started) / 60, "device": self.procs.device_name}
+        if self.procs.is_main:
+            write_json(self.out / "summary.json", summary)
+        self.procs.print(f"all of it is in {self.out}")
+        return summary
 
-        take_step(step) gives a row of metrics and sample rows; evaluate(step) the held-out metrics after so many steps,
-        {} where nothing is held out; shown: the metrics on a step's line.
-        """
-        args, procs, no_bar = self.args, self.procs, None if self.procs.is_main else True  # None: a bar on a terminal
-        with self.stops_cleanly(), tqdm(total=args.steps, initial=self.step, disable=no_bar) as bar:
-            while True:
-                is_last = self.step >= args.steps
-                if self.step not in self.evaluations and (is_last or self.step % args.eval_every == 0):
-                    self.evaluations[self.step] = {"step": self.step, **evaluate(self.step)}
-                    self.log("metrics.jsonl", [self.evaluations[self.step] | {"minutes": self.minutes}])
-                if is_last:
-                    break
-                row, samples = take_step(self.step)
-                self.step += 1
-                self.log("metrics.jsonl", [{"step": self.step, **row, "minutes": self.minutes}])
-                self.log("samples.jsonl", [{"step": self.step, **sample} for sample in samples])
-                procs.print(f"step {self.step}/{args.steps} ", *(f"{name} {row[name]:.3f}" for name in shown))
-                bar.update()
-                if self.step == args.steps or (args.save_every and self.step % args.save_every == 0):
-                    self.save()
-
-    @contextlib.contextmanager
-    def stops_cleanly(self):
-        """Within, a run that a signal stops writes a checkpoint and says how to go on."""
-        try:
-            yield
-        except Stopped:
-            if self.step not in map(step_of, checkpoints(self.out)):
-                self.save()
-            self.procs.print(f"stopped after step {self.step}: the same command with --resume goes on")
-            raise
-
-    def restore(self, model, optimizer, tokenizer):
-        """Go on from the newest checkpoint, if there is one; self.step is then the number of steps done.
-
-        Log lines behind the checkpoint are dropped: the run writes them again.
-        """
-        self.contents = model, optimizer, tokenizer
-        folder = self.procs.gather([newest_checkpoint(self.out)])[0]  # one process looks, all take the same
+    def restore(self):
+        """Go on from the newest checkpoint, if any. Drops log lines behind it: they come again."""
+        folder = self.procs.gather([newest_checkpoint(self.out)])[0]  # all take the same
         if folder:
-            load_trained(model, folder)
-            state = optimizer_state(model, optimizer)
-            reader = HuggingFaceStorageReader(str(folder / "optimizer"))
-            dcp.load(state, storage_reader=reader, no_dist=self.procs.world == 1)
-            settings = get_optimizer_state_dict(model, optimizer, options=FLAT)  # lr and the like: from the options
-            set_optimizer_state_dict(model, optimizer, {**settings, **state}, options=FLAT)
+            load_trained(self.model, folder)
+            reader = dcp.HuggingFaceStorageReader(str(folder / "optimizer"))
+            with warnings.catch_warnings(action="ignore"):  # that a process is alone
+                dcp.load(optimizer_state(self.model, self.optimizer), storage_reader=reader)
             self.step = step_of(folder)
             self.procs.print(f"resumed from {folder}")
-        logs = [], []
+        rows = []
         if self.procs.is_main:
-            logs = [cut_log(self.out / file, self.step) for file in ("metrics.jsonl", "samples.jsonl")]
-        rows = self.procs.gather(logs[0])
-        self.evaluations = {row["step"]: row for row in rows if "loss" not in row}
-        self.started -= 60 * rows[-1]["minutes"] if rows else 0
+            cut_log(self.out / "samples.jsonl", self.step)
+            rows = cut_log(self.out / "metrics.jsonl", self.step)
+        for row in self.procs.gather(rows):
+            self.started = min(self.started, time.monotonic() - 60 * row["minutes"])
+            held_out = {name: row[name] for name in row if name.startswith("held_out_")}
+            if held_out:
+                self.evaluations[row["step"]] = held_out
 
     def save(self):
-        """Write the checkpoint of self.step, then remove all but the newest."""
-        model, optimizer, tokenizer = self.contents
+        """Write the checkpoint of self.step, unless it is there; remove all but the newest two."""
         folder = self.out / f"step_{self.step:06d}"
+        if any(self.procs.gather([is_whole(folder)])):
+            return
         unfinished = folder.with_suffix(".tmp")
         if self.procs.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
         self.procs.gather([])  # wait: the others write into this folder
-        save_trained(model, unfinished, self.args.model, self.procs.is_main)
-        # not consolidated: torch 2.13 then writes 0 into tensors without dimensions, such as AdamW's step
-        writer = HuggingFaceStorageWriter(str(unfinished / "optimizer"), save_distributed=True)
-        dcp.save(optimizer_state(model, optimizer), storage_writer=writer, no_dist=self.procs.world == 1)
+        save_trained(self.model, unfinished, self.args.model, self.procs.is_main)
+        # not consolidated: torch 2.13 then writes 0 into tensors without dimensions
+        writer = dcp.HuggingFaceStorageWriter(str(unfinished / "optimizer"), save_distributed=True)
+        with warnings.catch_warnings(action="ignore"):  # that a process is alone
+            dcp.save(optimizer_state(self.model, self.optimizer), storage_writer=writer)
         if self.procs.is_main:
-            tokenizer.save(unfinished)
+            self.tokenizer.save(unfinished)
             finish_checkpoint(unfinished, folder)
-            for old in checkpoints(self.out)[:-KEPT_CHECKPOINTS]:
+            for old in checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
         self.procs.gather([])  # wait: until it is on the disk
 
-    def finish(self, summary):
-        """Write summary.json."""
-        if self.procs.is_main:
-            write_json(self.out / "summary.json", {**summary, "minutes": self.minutes,
-                                                   "device": device_name(self.procs.device)})
 
-
-# ---------------------------------------------------------------- checkpoints and files
+# ---------------------------------------------------------------- files
 
 def optimizer_state(model, optimizer):
-    """AdamW's moments and step counts, {"state.<parameter>.<key>": tensor}."""
-    everything = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    return {name: value for name, value in everything.items() if name.startswith("state.")}
+    """AdamW's state, {"<parameter>/exp_avg": tensor, ...}; zeros before the first update."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad and not optimizer.state[p]:
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state |= {f"{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
+    return state
 
 
 def step_of(folder):
@@ -263,52 +248,61 @@ def step_of(folder):
 
 
 def checkpoints(out):
-    """The checkpoint folders of a run, oldest first. Folders of other names are nobody's business."""
-    return sorted((path for path in out.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
+    """The checkpoint folders of a run, oldest first. Other folders are nobody's business."""
+    folders = [path for path in out.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)]
+    return sorted(folders, key=step_of)
 
 
 def newest_checkpoint(out):
-    """The newest checkpoint of which every file is there with its size, or None. Names those it skips."""
+    """The newest checkpoint that is whole, or None."""
     for folder in reversed(checkpoints(out)):
-        listing = folder / "files.json"
-        sizes = json.loads(listing.read_text()) if listing.exists() else {}
-        if sizes and all((folder / file).exists() and (folder / file).stat().st_size == sizes[file] for file in sizes):
+        if is_whole(folder):
             return folder
-        print(f"skipped {folder}: a file is missing or of another size than in files.json", file=sys.stderr)
+        print(f"skipped {folder}: a file is missing or of another size", file=sys.stderr)
     return None
 
 
+def is_whole(folder):
+    """Whether all files of a checkpoint are there with the sizes in files.json."""
+    listing = folder / "files.json"
+    sizes = read_json(listing) if listing.exists() else {listing.name: 0}
+    paths = {name: folder / name for name in sizes}
+    return all(path.exists() and path.stat().st_size == sizes[name] for name, path in paths.items())
+
+
 def finish_checkpoint(unfinished, folder):
-    """List the sizes of all files, bring them to the disk, give the folder its name: it is whole or not there."""
-    files = [path for path in unfinished.rglob("*") if path.is_file()]
-    write_json(unfinished / "files.json", {str(path.relative_to(unfinished)): path.stat().st_size for path in files})
-    for path in files:
-        shutil.copymode(unfinished / "files.json", path)  # safetensors makes files for the owner alone
+    """List all files, bring them to the disk, give the folder its name: it is whole or absent."""
+    paths = [path for path in unfinished.rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in paths}
+    write_json(unfinished / "files.json", sizes)
+    for path in (*paths, unfinished):
+        path.chmod((unfinished / "files.json").stat().st_mode | path.stat().st_mode & 0o111)
         sync(path)
-    sync(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one: a sound one would not be written again
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     unfinished.rename(folder)
     sync(folder.parent)
 
 
 def cut_log(path, step):
-    """Drop the rows of a log behind `step`, and a last line that was cut off. Returns the rows that stay."""
-    # texts hold other line ends, and the cut may go through a character
+    """Drop the rows of a log behind `step`, and a torn last line. Returns the other rows."""
+    # bytes: the tear may go through a character, and texts hold other line ends
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-    write_text(path, json_lines(rows))
-    return rows
+    lines = [line + b"\n" for line in lines if json.loads(line)["step"] <= step]
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_bytes(b"".join(lines))
+    unfinished.replace(path)
+    return [json.loads(line) for line in lines]
 
 
 def lock(file):
-    """Whether this process alone holds the file. A killed torchrun may leave workers that write beside the next run."""
+    """Whether this process alone holds the file. Workers may outlive a torchrun that was killed."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):  # Windows, or a disk without locks
-        print(f"note: {file.name} cannot be locked here: start one run at a time in this folder", file=sys.stderr)
+        print(f"note: {file.name} cannot be locked: start no second run there", file=sys.stderr)
     return True
 
 
@@ -319,27 +313,13 @@ def sync(path):
     os.close(handle)
 
 
-def write_text(path, text):
-    """Replace a file as a whole: a crash leaves the old text or the new text."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    sync(unfinished)
-    unfinished.replace(path)
-
-
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sync(path)
 
 
-def json_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def git_commit():
-    """The commit of this code, None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    return subprocess.getoutput(shlex.join(command)) if shutil.which("git") else None
+def commit():
+    """The git commit of this code, or "" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = shutil.which("git")
+    return git and subprocess.run(command, capture_output=True, text=True).stdout.strip()

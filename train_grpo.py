@@ -2,35 +2,35 @@
 
 It differs from the GRPO you know in three ways:
 1. Completions come from the diffusion sampler (sample.py), not from left-to-right decoding.
-2. log pi(o | q) is estimated in one forward pass: the whole completion is [MASK], and each prompt token is [MASK] with
-   probability p_mask_prompt. Every update draws new prompt masks, which makes many updates per rollout safe.
-3. The advantage is the reward minus the mean of its group; it is not divided by the standard deviation.
+2. log pi(o | q) is estimated in one forward pass: the whole completion is [MASK], and each prompt
+   token is [MASK] with probability p_mask_prompt. Every update draws new prompt masks, which makes
+   many updates per rollout safe.
+3. The advantage is the reward minus the mean of its group, not divided by the standard deviation.
 
-    torchrun train_grpo.py --task countdown                       the embedded model, minutes on two CPU cores
+    torchrun train_grpo.py --task countdown            the embedded model, minutes on two CPU cores
     torchrun --nproc_per_node 8 train_grpo.py --task countdown --model GSAI-ML/LLaDA-8B-Instruct
 """
 import contextlib
+import functools
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from d1 import completion_mask, diffu_grpo_loss, draw_indices, generator, group_advantages, one_step_logps
+from d1 import (completion_mask, diffu_grpo_loss, draw_indices, generator, group_advantages,
+                one_step_logps)
 from data import TASKS
-from data.tokenizer import Tokenizer
 from lora import adapters_off
-from model import Config, find_checkpoint
 from parallel import PARALLEL_OPTIONS, clip_and_step, gathered, processes
-from run import FOLDER_OPTIONS, Run, load_model, make_parser
-from sample import (SAMPLING, check_schedule, complete, encode_prompts, evaluate, generate, pad_left, sampling_options,
-                    set_diffusion_steps)
+from run import RUN_OPTIONS, Run, make_parser
+from sample import (SAMPLING, check_schedule, complete, encode_prompts, evaluate, generate,
+                    pad_left, sampling_options, set_diffusion_steps)
 
 OPTIONS = {  # option: (the authors' value for LLaDA-8B, the embedded model's, what it is)
     "problems": {
-        "data": (None, None, "training problems: a file, d1's dataset folder or a dataset id; default: the task's own"),
-        "eval_data": (None, None, "held-out problems; default: --data where that is no file, else the task's own"),
+        "data": ("", "", "training problems: file, d1's dataset folder, dataset id; or the task's"),
+        "eval_data": ("", "", "held-out problems; or --data where that is no file; or the task's"),
         "eval_count": (256, 256, "held-out problems in an evaluation"),
         "eval_every": (50, 10, "steps between evaluations"),
     },
@@ -51,27 +51,23 @@ OPTIONS = {  # option: (the authors' value for LLaDA-8B, the embedded model's, w
         "grad_clip": (0.2, 0.2, "largest norm of the gradient"),
         "microbatch": (1, 16, "prompts in a forward and backward pass of a process"),
         "lora_r": (128, 0, "rank of the adapters, 0 trains all weights"),
-        "lora_alpha": (64.0, 64.0, "the adapters' scale is alpha / r"),
-        "lora_targets": (*2 * [["q_proj", "k_proj", "v_proj", "up_proj"]], "matrices with an adapter"),
+        "lora_alpha": (64.0, 64.0, "the scale of the adapters is alpha / r"),
+        "lora_targets": (*2 * ["q_proj k_proj v_proj up_proj"], "adapted matrices"),
     },
-    "folder": FOLDER_OPTIONS,
+    "run": RUN_OPTIONS,
     "processes": PARALLEL_OPTIONS,
 }
 PAPER_UPDATES = {  # how long the paper trains LLaDA-8B on a task: (updates, num_iterations)
-    "countdown": (5000, 8), "sudoku": (3800, 8), "gsm8k": (7700, 12), "math500": (6600, 12),
-}
-# options that a resumed run may change: they do not decide what is learnt
-MAY_CHANGE = ("out", "resume", "steps", "eval_every", "save_every", "rollout_batch", "microbatch", "device", "replicas",
-              "checkpoint_activations", "compile", "timeout")
+    "countdown": (5000, 8), "sudoku": (3800, 8), "gsm8k": (7700, 12), "math500": (6600, 12)}
 
 
 def new_parser(argv=None):
     """The options, with the defaults that apply to a command line."""
-    parser, chosen = make_parser(argv, __doc__, OPTIONS)
+    parser, glance = make_parser(argv, __doc__, OPTIONS)
     parser.add_argument("--task", choices=sorted(TASKS), required=True)
-    set_diffusion_steps(parser, chosen)
-    if chosen.preset == "8b" and chosen.task and chosen.task[0] in PAPER_UPDATES:
-        updates, mu = PAPER_UPDATES[chosen.task[0]]
+    set_diffusion_steps(parser, glance)
+    updates, mu = PAPER_UPDATES.get(*(glance.task or [""])[:1], (5000, 8))
+    if glance.preset == "8b":
         parser.set_defaults(steps=math.ceil(updates / mu), num_iterations=mu)
     return parser
 
@@ -91,189 +87,168 @@ class Rollout:
     committed_at: torch.Tensor  # (N, G, L) the denoising round that fixed each token
     mask: torch.Tensor          # (N, G, L) bool, True up to and including the first EOS
     advantages: torch.Tensor    # (N, G)
-    token_count: float          # True tokens in the masks of all processes
+    token_count: float          # True values in the masks of all processes
 
     def __getitem__(self, prompts):
-        """The rollout of a slice of the prompts; token_count stays that of the step."""
+        """The rollout of a slice of the prompts; token_count stays that of the whole step."""
         tensors = {name: value for name, value in vars(self).items() if name != "token_count"}
         return replace(self, **{name: tensor[prompts] for name, tensor in tensors.items()})
 
 
 def roll_out(step, model, tokenizer, examples, args, procs, generate=generate):
-    """Sample G completions of each prompt and grade them. Returns the Rollout, and a dict for each completion."""
+    """Sample G completions of each prompt and grade them. Returns the Rollout and rows to log."""
     G = args.group_size
     drawn = draw_indices(len(examples), step, args.prompts_per_step, args.seed)
-    places = procs.share(args.prompts_per_step, "--prompts_per_step")  # which of the step's prompts are ours
-    repeated = [examples[drawn[i]] for i in places for _ in range(G)]  # every prompt G times
+    places = procs.share(args.prompts_per_step, "--prompts_per_step")  # our prompts of the step
+    repeated = [examples[drawn[i]] for i in places for _ in range(G)]  # each prompt G times
     keys = [(args.seed, "rollout", step, i, g) for i in places for g in range(G)]
-    completions = complete(model, tokenizer, [example["ids"] for example in repeated], keys, generate=generate,
-                           on_step=procs.check_stop, **sampling_options(args))
-    rows = [grade(TASKS[args.task], text, example) for text, example in zip(completions.texts, repeated)]
-    rewards = torch.tensor([row["reward"] for row in rows], device=procs.device).view(-1, G)  # (N, G)
-    no_spread = (rewards == rewards[:, :1]).all(-1).tolist()  # N, True for groups that teach nothing
-    for i, length in enumerate(completions.lengths.tolist()):
-        rows[i] |= {"completion_length": length, "zero_spread_fraction": float(no_spread[i // G])}
+    done = complete(model, tokenizer, [example["ids"] for example in repeated], keys,
+                    generate=generate, on_step=procs.check_stop, **sampling_options(args))
+    rows = [grade(TASKS[args.task], *each) for each in zip(done.texts, repeated, done.lengths)]
+    rewards = torch.tensor([row["reward"] for row in rows], device=procs.device).view(-1, G)
 
-    prompt, attn_mask = pad_left([example["ids"] for example in repeated[::G]], tokenizer.eos_id, procs.device)
-    ids = completions.ids.view(*rewards.shape, -1)  # (N, G, L)
+    prompts = [example["ids"] for example in repeated[::G]]
+    prompt, attn_mask = pad_left(prompts, tokenizer.eos_id, procs.device)  # (N, P)
+    ids = done.ids.view(*rewards.shape, -1)  # (N, G, L)
     mask = completion_mask(ids, tokenizer.eos_id)
-    return Rollout(prompt, attn_mask, ids, completions.committed_at.view_as(ids), mask, group_advantages(rewards),
-                   token_count=procs.sum(mask.sum())), rows
+    return Rollout(prompt, attn_mask, ids, done.committed_at.view_as(ids), mask,
+                   group_advantages(rewards), token_count=procs.sum(mask.sum())), rows
 
 
-def grade(task, text, example):
+def grade(task, text, example, length):
     """What is logged of a completion: its reward, the parts of the reward, the task's scores."""
     parts = task.reward(text, example)
-    reward = float(sum(parts.values()))
-    if not math.isfinite(reward):
-        raise ValueError(f"{task.__name__}.reward gave {parts} for {text[:80]!r}: the parts must be finite numbers")
-    return {"reward": reward, **{f"reward_{name}": value for name, value in parts.items()},
-            **task.score(text, example), "prompt": example["prompt"], "completion": text}
+    row = {"reward": float(sum(parts.values())), **task.score(text, example),
+           **{f"reward_{name}": value for name, value in parts.items()},
+           "completion_length": int(length), "prompt": example["prompt"], "completion": text}
+    if not math.isfinite(row["reward"]):
+        raise ValueError(f"{task.__name__}.reward gave {parts}, no finite numbers, for {text!r}")
+    return row
 
 
 def draw_prompt_masks(rollout, step, args, procs):
     """Which prompt tokens each of the mu updates hides: (mu, N, P) bool. Padding is left alone."""
-    masks = []
-    for i, is_real in zip(procs.share(args.prompts_per_step, "--prompts_per_step"), rollout.attn_mask.cpu()):
-        mask = torch.zeros(args.num_iterations, len(is_real), dtype=torch.bool)  # (mu, P)
-        draws = torch.rand(args.num_iterations, int(is_real.sum()),
-                           generator=generator(args.seed, "prompt mask", step, i))
-        mask[:, is_real] = draws < args.p_mask_prompt
-        masks.append(mask)
-    return torch.stack(masks, dim=1).to(procs.device)
+    mu, masks = args.num_iterations, torch.zeros_like(rollout.attn_mask).repeat(args.num_iterations, 1, 1)
+    places = procs.share(args.prompts_per_step, "--prompts_per_step")
+    for n, (i, is_real) in enumerate(zip(places, rollout.attn_mask)):  # is_real (P,)
+        random = generator(args.seed, "prompt mask", step, i)
+        draws = torch.rand(mu, int(is_real.sum()), generator=random).to(procs.device)
+        masks[:, n, is_real] = draws < args.p_mask_prompt
+    return masks
 
 
 def one_step(policy, rollout, masked, mask_id):
-    """d1's log-probabilities (N, G, L) of a rollout's completions under prompt masks (N, P)."""
-    return one_step_logps(policy, rollout.prompt, masked, rollout.completions, mask_id, rollout.attn_mask)
+    """d1's estimate of log pi, (N, G, L), of a rollout's completions, under prompt masks (N, P)."""
+    return one_step_logps(policy, rollout.prompt, masked, rollout.completions, mask_id,
+                          rollout.attn_mask)
 
 
 def diffu_grpo(logps, old_logps, ref_logps, rollout, masked, args):
-    """d1's objective; see `diffu_grpo_loss`. `masked` is for estimators that score only some of the tokens."""
-    return diffu_grpo_loss(logps, old_logps, ref_logps, rollout.advantages, rollout.mask, args.epsilon, args.beta,
-                           rollout.token_count)
+    """d1's objective, see `diffu_grpo_loss`; it scores every token, whatever was `masked`."""
+    return diffu_grpo_loss(logps, old_logps, ref_logps, rollout.advantages, rollout.mask,
+                           args.epsilon, args.beta, rollout.token_count)
 
 
 def train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, *,
                draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo, generate=generate):
-    """One rollout and the mu updates that it serves. Returns the step's row for the log, and a row per completion.
-
-    reference(): a context that gives the reference policy, None where beta is 0.
-    """
+    """One rollout and the mu updates that it serves. Returns a row of metrics, and sample rows."""
     mu, mask_id = args.num_iterations, tokenizer.mask_id
 
-    # 1. roll out: G completions of each prompt, their rewards, their advantages within the group
+    # 1. roll out: G completions of each prompt, their rewards, their advantages in the group
     with torch.no_grad(), gathered(model), procs.stoppable():
         rollout, rows = roll_out(step, model, tokenizer, examples, args, procs, generate)
     masks = draw(rollout, step, args, procs)  # masks[update, slice of prompts]
     parts = [slice(i, i + args.microbatch) for i in range(0, len(rollout.prompt), args.microbatch)]
 
-    # 2. log-probabilities before the updates, of the policy and of the reference, under the masks of every update
-    def score(policy):  # [update][part] (n, G, L)
-        return [[log_probs(policy, rollout[part], masks[update, part], mask_id) for part in parts]
-                for update in range(mu)]
-
+    # 2. log-probabilities before the updates, of policy and reference, under every update's masks
+    places = [(update, part) for update in range(mu) for part in parts]
     with torch.no_grad(), gathered(model):
-        old_logps = ref_logps = score(model)
+        old_logps = [log_probs(model, rollout[p], masks[u, p], mask_id) for u, p in places]
+        ref_logps = old_logps  # not looked at where beta is 0
         if args.beta:
             with reference() as frozen:
-                ref_logps = score(frozen)
+                ref_logps = [log_probs(frozen, rollout[p], masks[u, p], mask_id) for u, p in places]
 
     # 3. mu updates on the same completions, each under its own prompt masks
     stats, grad_norm = [], 0.0
+    scored = zip(old_logps, ref_logps)
     for update in range(mu):
-        for i, part in enumerate(parts):
-            logps = log_probs(model, rollout[part], masks[update, part], mask_id)  # (n, G, L)
-            loss, shares = objective(logps, old_logps[update][i], ref_logps[update][i], rollout[part],
-                                     masks[update, part], args)
-            (loss * procs.world).backward()  # FSDP takes the mean over the processes, we want their sum
+        for part in parts:
+            batch, masked = rollout[part], masks[update, part]
+            logps = log_probs(model, batch, masked, mask_id)  # (n, G, L)
+            loss, shares = objective(logps, *next(scored), batch, masked, args)
+            (loss * procs.world).backward()  # FSDP averages over the processes, we want the sum
             stats.append({"loss": loss.detach(), **shares})
-        grad_norm += clip_and_step(optimizer, args.grad_clip, loss, f"step {step + 1}", procs) / mu
-    log = {name: procs.sum(sum(shares[name] for shares in stats)) / mu for name in stats[0]}  # means over the updates
-    return {**procs.mean(rows), **log, "grad_norm": grad_norm}, rows
+        grad_norm += clip_and_step(optimizer, args.grad_clip, loss, procs) / mu
+    no_spread = procs.sum((rollout.advantages.abs() < 1e-6).all(1).sum())  # they teach nothing
+    log = {name: procs.sum(sum(shares[name] for shares in stats)) / mu for name in stats[0]}
+    log["zero_spread_fraction"] = no_spread / args.prompts_per_step
+    return {**mean_of_rows(rows, procs), **log, "grad_norm": grad_norm}, rows
+
+
+def mean_of_rows(rows, procs):
+    """{name: mean} of the numbers in the rows of all processes."""
+    names = [name for name, value in rows[0].items() if not isinstance(value, str)]
+    numbers = procs.gather([[row[name] for name in names] for row in rows])
+    return {name: sum(column) / len(column) for name, column in zip(names, zip(*numbers))}
 
 
 # ---------------------------------------------------------------- the run
 
-def load_prompts(args, config, tokenizer, procs):
-    """Training and held-out examples with the token ids of their prompts."""
-    task, room = TASKS[args.task], config.max_sequence_length - args.gen_length
-    examples = encode_prompts(task.load("train", data=args.data, seed=args.seed), tokenizer, room, procs)
+def load_prompts(run, args, procs):
+    """Training and held-out examples with the tokens of their prompts."""
+    task, room = TASKS[args.task], run.config.max_sequence_length - args.gen_length
+    examples = task.load("train", data=args.data or None, seed=args.seed)
+    examples = encode_prompts(examples, run.tokenizer, room, procs)
     if len(examples) < args.prompts_per_step:
-        raise SystemExit(f"error: {len(examples)} usable prompts are fewer than --prompts_per_step "
-                         f"{args.prompts_per_step}")
-    source = args.eval_data
-    if source is None and args.data and not Path(args.data).is_file():
-        source = args.data
-    held_out = task.load("test", data=source, count=args.eval_count) if args.eval_count else []
-    return examples, encode_prompts(held_out, tokenizer, room, procs)
+        raise SystemExit(f"error: {len(examples)} usable prompts do not fill --prompts_per_step")
+    source = args.eval_data or ("" if Path(args.data).is_file() else args.data)
+    held_out = task.load("test", data=source or None, count=args.eval_count)
+    return examples, encode_prompts(held_out, run.tokenizer, room, procs)
 
 
-def load_reference(model, folder, config, args, procs):
-    """A context that gives the initial policy: the adapters off, or a frozen model where all weights are trained."""
-    if args.lora_r:
-        return lambda: adapters_off(model)
-    if not args.beta:
-        return None
-    frozen = load_model(folder, config, args, procs, is_trained=False)
-    return lambda: contextlib.nullcontext(frozen)
-
-
-def evaluate_policy(step, model, tokenizer, held_out, args, procs, generate):
-    """Metrics on held-out problems, at the rollout temperature and greedy: the same problems and noise every time."""
+def evaluate_policy(run, model, held_out, args, procs, generate):
+    """Metrics on held-out problems at the rollout temperature, and the greedy accuracy."""
     metrics = {}
-    for name, temperature in (("sampled", args.temperature), ("greedy", 0.0)) if held_out else ():
+    for temperature in (args.temperature, 0.0) if held_out else ():
         sampling = sampling_options(args) | {"temperature": temperature, "generate": generate}
         with gathered(model):
-            means, _ = evaluate(model, tokenizer, TASKS[args.task], held_out, procs, args.seed, **sampling)
-        procs.print(f"after step {step}: {means['accuracy']:.1%} of {len(held_out)} held-out problems are right at "
-                    f"temperature {temperature}")
-        metrics |= {f"held_out_{name}_{metric}": value for metric, value in means.items()}
+            means, _ = evaluate(model, run.tokenizer, TASKS[args.task], held_out, procs, args.seed,
+                                **sampling)
+        procs.print(f"step {run.step}: {means['accuracy']:.1%} of {len(held_out)} held-out problems "
+                    f"right at temperature {temperature}")
+        metrics = metrics or {f"held_out_{name}": mean for name, mean in means.items()}
+        metrics["held_out_greedy"] = means["accuracy"]  # of the second round
     return metrics
 
 
-def summarise(run, args):
-    """What summary.json says: accuracy at the rollout temperature and greedy, before and after."""
-    summary = {"task": args.task, "seed": args.seed, "steps": args.steps}
-    for when, step in (("before", 0), ("after", args.steps)):
-        metrics = run.evaluations.get(step, {})
-        summary[f"accuracy_{when}"] = metrics.get("held_out_sampled_accuracy")
-        summary[f"greedy_{when}"] = metrics.get("held_out_greedy_accuracy")
-    return summary
-
-
-def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo, generate=generate, step=None):
-    """Train. What d1 does can be swapped by an argument, see `train_step`; `step` takes the place of all of it."""
+def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo, generate=generate,
+         step=None):
+    """Train. What d1 does can be swapped, see `train_step`; `step` takes the place of all of it."""
+    methods = dict(draw=draw, log_probs=log_probs, objective=objective, generate=generate)
     check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
-    if not args.temperature:
-        raise SystemExit("error: --temperature 0 gives equal completions of a prompt: use for example 0.9")
-    methods = {"draw": draw, "log_probs": log_probs, "objective": objective, "generate": generate}
-    with processes(args.device, args.dtype, args.timeout) as procs:
+    if args.temperature == 0 or args.group_size < 2:
+        raise SystemExit("error: --temperature 0 and --group_size 1 leave no advantage to learn from")
+    with processes(args) as procs:
         procs.share(args.prompts_per_step, "--prompts_per_step")
-        run = Run(args.out or f"runs/train_grpo-{args.task}", args, procs, MAY_CHANGE)
-        folder = find_checkpoint(args.model)
-        config = Config.from_folder(folder)
-        tokenizer = Tokenizer.from_folder(folder, config)
-        examples, held_out = load_prompts(args, config, tokenizer, procs)
-        model = load_model(folder, config, args, procs)
-        reference = load_reference(model, folder, config, args, procs)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
-        run.restore(model, optimizer, tokenizer)
-        procs.print(f"diffu-GRPO on {args.task}: {sum(p.numel() for p in trainable):,} trainable parameters, "
-                    f"{len(examples)} prompts, {procs.world} x {procs.device} {procs.dtype}, preset {args.preset}")
-
-        def take_step(number):
-            row, completions = (step or train_step)(number, model, reference, optimizer, tokenizer, examples, args,
-                                                    procs, **methods)
-            return row, completions[:args.group_size]  # the samples of one prompt
-
-        run.train(take_step, lambda number: evaluate_policy(number, model, tokenizer, held_out, args, procs, generate),
-                  shown=("reward", "accuracy", "kl"))
-        summary = summarise(run, args)
-        run.finish(summary)
-        procs.print(f"the model is in {run.out}/step_{args.steps:06d}, the log in {run.out}/metrics.jsonl")
-        return summary
+        run = Run("train_grpo", args, procs, may_change=["steps"])
+        examples, held_out = load_prompts(run, args, procs)
+        model, optimizer = run.load(betas=(0.9, 0.99))
+        reference = functools.partial(adapters_off, model)  # the frozen model below the adapters
+        if args.beta and not args.lora_r:
+            frozen = run.load_model(is_trained=False)
+            reference = functools.partial(contextlib.nullcontext, frozen)
+        procs.print(f"diffu-GRPO on {len(examples)} prompts of {args.task}")
+        with run:
+            for number in range(run.step, args.steps + 1):
+                if run.evaluation_is_due():
+                    run.log_evaluation(evaluate_policy(run, model, held_out, args, procs, generate))
+                if number == args.steps:
+                    break
+                row, samples = (step or train_step)(number, model, reference, optimizer,
+                                                    run.tokenizer, examples, args, procs, **methods)
+                run.log_step(row, samples[:args.group_size], shown=("reward", "accuracy", "kl"))
+        return run.finish()
 
 
 if __name__ == "__main__":

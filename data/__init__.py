@@ -1,7 +1,27 @@
 """Tasks, answer format, tokenizer and chat format. A task is one file with three functions."""
 from data import countdown, gsm8k, math500, s1k, sudoku
+from data.files import read_rows
 
 # name -> module with load(split, ...), reward(text, example) and score(text, example)
 TASKS = {"countdown": countdown, "gsm8k": gsm8k, "math500": math500, "sudoku": sudoku}
 # name -> module whose load("mixed") gives demonstrations: prompts with completions
 DEMONSTRATIONS = {"countdown": countdown, "s1k": s1k, "sudoku": sudoku}
+
+
+def load_demonstrations(tasks, split, data, count, seed):
+    """Dicts with "prompt" and "completion": of the tasks in turn, or else the rows of a file."""
+    if not tasks and not data:
+        raise SystemExit("error: say what to train on: --task countdown, or --data with your rows")
+    if not tasks:
+        rows = read_rows(data, ("prompt", "completion"))
+        for row in rows:
+            if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
+                raise SystemExit(f"error: --data {data}, row {row['row']}: both must be text")
+        return rows
+    if data and len(tasks) > 1:
+        raise SystemExit(f"error: --data {data} holds rows for one --task, not for {len(tasks)}")
+    lists = [DEMONSTRATIONS[task].load(split, data or None, count // len(tasks), seed)
+             for task in tasks]
+    if "completion" not in lists[0][0]:
+        raise SystemExit("error: these rows hold no demonstrations: use --split mixed or worked")
+    return [example for turn in zip(*lists) for example in turn]

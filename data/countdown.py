@@ -15,6 +15,7 @@ from data.format import FORMAT, closed_answer, score_answer, write_completion
 HUB = ("Jiayi-Pan/Countdown-Tasks-3to4", "data/train-00000-of-00001.parquet")  # d1 trains on it
 NAMES = {"test": ("countdown_cd3_test.jsonl",)}  # in dataset/ of the d1 authors' repository
 HELD_OUT = 500  # rows of the training set
+PROBLEM = "( *[0-9]{1,9} *(?:, *[0-9]{1,9} *){1,5});( *-?[0-9]{1,9} *)"  # "30,100,93;23"
 LARGEST = 20  # generated problems use three numbers from 1 to this, and a target up to MAX_TARGET
 MAX_TARGET = 99
 ADDITIVE = 0.75  # share of problems without products and quotients: a small model learns those
@@ -25,9 +26,8 @@ QUESTION = ("Make an arithmetic expression that equals the target. Use each numb
 def load(split, data=None, count=None, seed=0):
     """Problems as dicts with "prompt", "numbers", "target"; for SFT also with "completion".
 
-    split: "train" for RL, "test", or a split for SFT (data/examples.py). data: a file (see
-    `read_problems`), d1's dataset/ folder, or the dataset's id; default: generated problems.
-    count: how many, by default all of a file, or examples.COUNTS. SystemExit names file and row.
+    split: one of examples.COUNTS. data: a file (see `read_problems`), d1's dataset/ folder, or the
+    dataset's id; default: generated problems. count: how many, by default all of a file.
     """
     if data is None:
         return draw_examples("countdown", split, count, seed, draw_problem, demonstrate)
@@ -51,10 +51,9 @@ def draw_problem(rng):
 
 
 def read_problems(path, split="test"):
-    """Problems of a file in the published format, rows {"input": "30,100,93", "output": "23"}.
+    """Problems of rows {"input": "30,100,93", "output": "23"} or {"nums": [...], "target": 23}.
 
-    Or of the training set, rows {"nums": [30, 100, 93], "target": 23}, divided as in d1's code:
-    three numbers only, permuted with seed 42, the last 500 held out.
+    The latter are divided as in d1's code: three numbers, permuted with seed 42, 500 held out.
     """
     rows = read_rows(path, ("nums", "target"), ("input", "output"))
     if {"nums", "target"} <= rows[0].keys():
@@ -64,22 +63,18 @@ def read_problems(path, split="test"):
                              f"{HELD_OUT} are held out")
         order = numpy.random.default_rng(42).permutation(len(rows))
         order = order[-HELD_OUT:] if split == "test" else order[:-HELD_OUT]
-        rows = [{"row": rows[i]["row"], "input": str(rows[i]["nums"]).strip("[]"),
-                 "output": rows[i]["target"]} for i in order]
+        rows = [{**rows[i], "input": str(rows[i]["nums"]).strip("[]"), "output": rows[i]["target"]}
+                for i in order]
     return [read_problem(row, path) for row in rows]
 
 
 def read_problem(row, path):
     where = f"error: --data {path}, row {row['row']}:"
-    numbers, target = str(row["input"]), str(row["output"])
-    if (not re.fullmatch(" *[0-9]{1,9} *(, *[0-9]{1,9} *)*", numbers)
-            or not re.fullmatch(" *-?[0-9]{1,9} *", target)):
-        raise SystemExit(f"{where} input must be whole numbers like '3,7,12' and output one "
-                         "integer, each of at most 9 digits, found "
-                         f"{row['input']!r}, {row['output']!r}")
-    numbers, target = [int(n) for n in numbers.split(",")], int(target)
-    if not 2 <= len(numbers) <= 6:
-        raise SystemExit(f"{where} {len(numbers)} numbers, expected 2 to 6")
+    match = re.fullmatch(PROBLEM, f"{row['input']};{row['output']}")
+    if match is None:
+        raise SystemExit(f"{where} input must be 2 to 6 numbers like '3,7,12', output an integer, "
+                         f"of at most 9 digits, found {row['input']!r}, {row['output']!r}")
+    numbers, target = [int(n) for n in match[1].split(",")], int(match[2])
     if target not in values(tuple(numbers)):
         raise SystemExit(f"{where} {target} cannot be reached from {numbers}")
     return make_problem(numbers, target)
@@ -118,8 +113,7 @@ def steps_from(a, b):
 def solutions(numbers):
     """{target: two steps} for three sorted numbers, so that a problem has one solution.
 
-    Of all solutions it is the first with the fewest products and quotients and, among those, with
-    the earliest first operator of + - * /.
+    It has the fewest products and quotients and, among such, the earliest first of + - * /.
     """
     best = {}  # target: (cost, steps)
     for a, b, c in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
@@ -187,10 +181,7 @@ def evaluate(node):
 
 
 def safe_value(text):
-    """The exact value (Fraction) of an arithmetic expression and its list of numbers, or None.
-
-    Total and bounded for any text: few characters are allowed, at most 200, and no code is run.
-    """
+    """(exact value as a Fraction, list of numbers) of any text; None if it is no arithmetic."""
     if not re.fullmatch(r"[0-9+\-*/() ]{1,200}", text):
         return None
     try:
@@ -200,7 +191,7 @@ def safe_value(text):
     return value, [int(n) for n in re.findall("[0-9]+", text)]
 
 
-def is_exact(answer, example):
+def is_right(answer, example):
     """Whether an answer, text or None, equals the target and uses each number exactly once."""
     value, numbers = safe_value(answer or "") or (None, [])
     return value == example["target"] and sorted(numbers) == sorted(example["numbers"])
@@ -209,10 +200,9 @@ def is_exact(answer, example):
 def reward(text, example):
     """1 for an exact answer, 0.1 for any other closed answer, else 0: the authors' reward."""
     answer = closed_answer(text)
-    exact = is_exact(answer, example)
+    exact = is_right(answer, example)
     return {"exact": float(exact), "closed": 0.1 * (not exact and answer is not None)}
 
 
 def score(text, example):
-    """accuracy: exact answers. closed, format: see `score_answer`."""
-    return score_answer(text, example, is_exact)
+    return score_answer(text, example, is_right)

@@ -4,9 +4,8 @@ import random
 
 # split: how many examples it has by default
 COUNTS = {"train": 4096, "test": 512, "worked": 100_000, "mixed": 100_000, "corrected": 1000}
-# Split: shares of what its demonstrations show. "mixed" is what the embedded model knows, as a
-# model of the web would (data/tiny/README.md). "corrected" is for a second stage of SFT: every
-# other trace goes wrong and mends itself.
+# split: shares of the behaviours that it demonstrates. "mixed" is what the embedded model knows
+# (data/tiny/README.md); in "corrected" every other trace goes wrong and mends itself
 BEHAVIOURS = {"mixed": {"worked": 0.20, "hasty": 0.45, "untagged": 0.35},
               "corrected": {"worked": 0.50, "corrected": 0.50}}
 MAX_DRAWS = 300_000  # for an example; after that many the problems count as exhausted
@@ -28,12 +27,12 @@ def draw_examples(task, split, count, seed, draw, demonstrate):
         example, key = draw(rng)
         draws += 1
         if draws > MAX_DRAWS:
-            raise SystemExit(f"error: --count {count}: {task} has only {len(examples)} {split} "
-                             "problems")
+            raise SystemExit(f"error: --count {count}: {task} has only {len(examples)} problems")
         if is_held_out(key) != is_test or (is_test and example["prompt"] in prompts):
             continue
-        behaviour = draw_behaviour(split, rng)
-        if behaviour:
+        if split not in ("train", "test"):
+            shares = BEHAVIOURS.get(split)
+            behaviour = rng.choices(list(shares), shares.values())[0] if shares else "worked"
             example["completion"] = demonstrate(behaviour, example, rng)
         examples.append(example)
         prompts.add(example["prompt"])
@@ -44,9 +43,3 @@ def draw_examples(task, split, count, seed, draw, demonstrate):
 def is_held_out(key):
     """Whether a problem belongs to "test": an eighth of them do, by the hash of their key."""
     return hashlib.sha256(key.encode()).digest()[0] < 32
-
-
-def draw_behaviour(split, rng):
-    if split in BEHAVIOURS:
-        return rng.choices(list(BEHAVIOURS[split]), BEHAVIOURS[split].values())[0]
-    return "worked" if split == "worked" else None

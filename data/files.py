@@ -9,10 +9,9 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def find_file(data, names, hub=None):
-    """The path of a task's rows. hub: its public file, (dataset id, name), where it has one.
+    """The path of `data`: a file; a folder with one of `names`; a dataset's id.
 
-    data: a file; a folder that holds one of `names`; the id of a dataset with a file as in `hub`.
-    None, or a folder without these names, leads to `hub`.
+    None, or a folder without these names, means the task's public file: hub, (dataset id, name).
     """
     if data is None:
         return fetch(*hub)
@@ -35,21 +34,17 @@ def fetch(dataset, name):
         return Path(hf_hub_download(dataset, name, repo_type="dataset"))
     except (HfHubHTTPError, OSError) as error:  # no such file, or neither cached nor a network
         reason = str(error).strip().splitlines()[0]
-    raise SystemExit(f"error: dataset {dataset}: {name} is neither cached nor reachable ({reason}); "
-                     "name a file with --data, or where there is a network run: "
+    raise SystemExit(f"error: dataset {dataset}: {name} is neither cached nor reachable "
+                     f"({reason}); name a file with --data, or where there is a network run: "
                      f"hf download {dataset} {name} --repo-type dataset")
 
 
 def read_rows(path, *layouts):
-    """Rows of a file as dicts, each with its number as "row". Strings keep their leading zeros.
+    """Rows of a file as dicts, with the line (or the place in a list, from 1) as "row".
 
-    layouts: tuples of columns; the first that fits the first row, else the last, is required. row:
-    the line (of a CSV row the last) or the place in a list, from 1.
+    layouts: tuples of columns; the first that fits the first row, else the last, is required.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise SystemExit(f"error: --data {path}: no such file")
-    numbered = parse_file(path)
+    numbered = parse_file(Path(path))
     if not numbered:
         raise SystemExit(f"error: --data {path}: the file holds no rows")
     first = numbered[0][1]
@@ -66,46 +61,27 @@ def read_rows(path, *layouts):
 def parse_file(path):
     """[(number, row)] of a file, by its suffix."""
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return list(enumerate(parse_parquet(path), 1))
+    n, numbered = 1, []  # n: number of the row that is read
     try:
+        if suffix == ".parquet":
+            from pyarrow import parquet
+            return list(enumerate(parquet.read_table(path).to_pylist(), 1))
         text = path.read_text(encoding="utf-8-sig")  # without the mark that spreadsheets write
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"error: --data {path}: not UTF-8 text ({error})") from None
-    if suffix == ".csv":
-        return parse_csv(text, path)
-    if suffix == ".json":
-        rows = parse_json(text, path, 1)
-        if not isinstance(rows, list):
-            raise SystemExit(f"error: --data {path}: not a list of rows; a row per line is .jsonl")
-        return list(enumerate(rows, 1))
-    lines = text.split("\n")  # splitlines would split at characters that JSON allows in a text
-    return [(n, parse_json(line, path, n)) for n, line in enumerate(lines, 1) if line.strip()]
-
-
-def parse_json(text, path, row):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SystemExit(f"error: --data {path}, row {row}: not JSON ({error})") from None
-
-
-def parse_csv(text, path):
-    reader = csv.DictReader(io.StringIO(text))
-    try:
-        return [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        row = reader.line_num + 1
-        raise SystemExit(f"error: --data {path}, row {row}: not CSV ({error})") from None
-
-
-def parse_parquet(path):
-    try:
-        from pyarrow import ArrowInvalid, parquet
+        if suffix == ".json":
+            rows = json.loads(text)
+            return list(enumerate(rows if isinstance(rows, list) else [rows], 1))
+        if suffix == ".csv":
+            reader = csv.DictReader(io.StringIO(text))
+            for row in reader:
+                numbered.append((reader.line_num, row))
+                n = reader.line_num + 1
+            return numbered
+        for n, line in enumerate(text.split("\n"), 1):  # a JSON text may hold other line ends
+            if line.strip():
+                numbered.append((n, json.loads(line)))
+        return numbered
     except ImportError:
-        raise SystemExit(f"error: --data {path}: parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        return parquet.read_table(path).to_pylist()
-    except ArrowInvalid as error:
+        raise SystemExit(f"error: --data {path}: parquet needs pip install pyarrow") from None
+    except (OSError, ValueError, RecursionError, csv.Error) as error:  # none, or another kind
         reason = str(error).splitlines()[0]
-        raise SystemExit(f"error: --data {path}: not a parquet file ({reason})") from None
+        raise SystemExit(f"error: --data {path}, row {n}: cannot be read ({reason})") from None

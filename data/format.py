@@ -4,9 +4,8 @@ import re
 FORMAT = ("Think first, then answer, with each tag on a line of its own:\n"
           "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
 # Linear: no two parts of the pattern can match the same text in two ways.
-UNTAGGED = r"(?:(?!</?reasoning>|</?answer>).)*"
-STRICT = re.compile(rf"<reasoning>\n{UNTAGGED}\n</reasoning>\n<answer>\n{UNTAGGED}\n</answer>",
-                    re.DOTALL)
+UNTAGGED = r"(?:(?!</?reasoning>|</?answer>)[\s\S])*"
+STRICT = rf"<reasoning>\n{UNTAGGED}\n</reasoning>\n<answer>\n{UNTAGGED}\n</answer>"
 MAX_TEXT = 20_000  # characters: longer than any completion; a longer text is cut before parsing
 
 
@@ -17,8 +16,7 @@ def write_completion(reasoning, answer):
 def closed_answer(text):
     """The text inside the last closed <answer>...</answer>, stripped; None if none was closed.
 
-    Of nested answers the innermost counts. An answer that is opened and not closed is ignored,
-    and so is a closing tag without an opening tag.
+    Of nested answers the innermost counts. A tag without its partner is ignored.
     """
     text = text[-MAX_TEXT:]
     last_end = text.rfind("</answer>")
@@ -30,7 +28,7 @@ def closed_answer(text):
 
 def is_formatted(text):
     """Whether the text is <reasoning> and <answer>, each closed, all four tags on own lines."""
-    return len(text) <= MAX_TEXT and STRICT.fullmatch(text.strip()) is not None
+    return len(text) <= MAX_TEXT and re.fullmatch(STRICT, text.strip()) is not None
 
 
 def last_box(text):
@@ -53,11 +51,6 @@ def last_box(text):
 def unboxed(answer):
     """An answer, text or None, without the box around it."""
     return last_box(answer or "") or answer
-
-
-def final_answer(text):
-    """The last closed answer, boxed or not; without an answer the last box; else None."""
-    return unboxed(closed_answer(text)) or last_box(text)
 
 
 def score_answer(text, example, is_right):

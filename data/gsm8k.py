@@ -11,8 +11,7 @@ QUESTION = "Solve the problem. Put only the final number inside the answer tags.
 NUMBER = re.compile(r"[-−]?(?:[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?|\.[0-9]+)")
 THOUSANDS = re.compile(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 WHOLE = re.compile(r"-?([0-9]{1,15}|[0-9]{1,3}(,[0-9]{3}){1,4})")
-SOFT = re.compile(r"<reasoning>(?:(?!</reasoning>).)*</reasoning>\s*+"
-                  r"<answer>(?:(?!</answer>).)*</answer>", re.DOTALL)
+SOFT = r"(?s)<reasoning>(?:(?!</reasoning>).)*</reasoning>\s*<answer>.*?</answer>"
 TAG_LINES = ("\n<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
 
 
@@ -20,7 +19,7 @@ def load(split, data=None, count=None, seed=0):
     """Problems as dicts with "prompt", "question", "answer" (the number as text, without commas).
 
     split: train (7,473) or test (1,319). data: a file with question and answer, which ends in
-    "#### number", or a folder or dataset id with the published files; default: those.
+    "#### number"; a folder or dataset id with the published files; default: those.
     """
     if split not in HUB:
         raise SystemExit(f"error: --split {split}: GSM8K has train and test")
@@ -39,10 +38,7 @@ def read_problem(row, path):
 
 
 def read_number(text):
-    """The number (Fraction) that a text states; None where it holds no number or several.
-
-    Currency, units, a final period and thousands commas are allowed: "$1,000.", "-3", "18 eggs".
-    """
+    """The number (Fraction) of texts like "$1,000.", "-3", "18 eggs"; None if there is not one."""
     numbers = NUMBER.findall(text) if text and len(text) <= 200 else []
     if len(numbers) != 1:
         return None
@@ -61,16 +57,15 @@ def reward(text, example):
     """Rewards as the paper intends (section 4): the format up to 2, an integer 0.5, correct 2.
 
     tags: 0.125 for each of the four tags that stands once, on its own line, less 0.001 for each
-    character after the last tag, never below 0. soft: reasoning, then answer, both closed.
-    strict: each tag on its own line, nothing around. integer: the answer is a whole number alone
-    ("-3" and "1,000" are). correct: the answer is right, boxed or not.
+    character behind them, never below 0. soft: reasoning, then answer, both closed. strict: the
+    whole format. integer: the answer is "18", "-3" or "1,000". correct: it is right, boxed or not.
     """
     text = text[:MAX_TEXT]
     answer = closed_answer(text)
     tags = 0.125 * sum(f"\n{text}\n".count(tag) == 1 for tag in TAG_LINES)
     behind = text.rpartition("</answer>")[2].strip() if "</answer>" in text else ""
     return {"tags": max(0.0, tags - 0.001 * len(behind)),
-            "soft": 0.5 * (SOFT.match(text.strip()) is not None),
+            "soft": 0.5 * (re.match(SOFT, text.strip()) is not None),
             "strict": 0.5 * is_formatted(text),
             "integer": 0.5 * (WHOLE.fullmatch(answer or "") is not None),
             "correct": 2.0 * is_right(unboxed(answer), example)}

@@ -2,7 +2,7 @@ r"""MATH (arXiv:2103.03874): competition problems in LaTeX; trained on MATH, tes
 import re
 
 from data.files import SUFFIXES, find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, final_answer, last_box, score_answer
+from data.format import FORMAT, MAX_TEXT, closed_answer, last_box, score_answer, unboxed
 
 HUB = {"train": ("nlile/hendrycks-MATH-benchmark", "data/train-00000-of-00001.parquet"),
        "test": ("HuggingFaceH4/MATH-500", "test.jsonl")}
@@ -14,9 +14,8 @@ SPELLINGS = (("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac"
 def load(split, data=None, count=None, seed=0):
     """Problems as dicts with "prompt", "question", "answer" (LaTeX).
 
-    split: train (12,000) or test (500). data: a file with problem and answer, or with problem and
-    solution, whose last box is the answer; or a folder or dataset id with the published files;
-    default: those.
+    split: train (12,000) or test (500). data: a file with problem and answer, or problem and
+    solution that ends in a box; a folder or dataset id with the published files; default: those.
     """
     if split not in HUB:
         raise SystemExit(f"error: --split {split}: MATH has train and test")
@@ -37,18 +36,16 @@ def read_problem(row, path):
 def normalise(text):
     r"""The canonical form of a LaTeX answer by the rules of the MATH graders, in linear time.
 
-    Spacing, \left and \right, degrees, dollar and per cent signs go; dfrac and tfrac become frac;
-    a unit on the right, \text{ ...}, goes; "x = 5" becomes 5; \sqrt3, \frac12, 1/2 and 0.5 get
-    one form. None where the rules give up: on several units, on a command without its argument,
-    on one slash that is not between integers.
+    Spacing, \left, \right, degrees, dollar and per cent signs and a unit, \text{ ...}, go; "x = 5"
+    becomes 5; \dfrac12, \frac{1}{2}, 1/2 and 0.5 get one form. None where the rules give up: on
+    several units, on a command without its argument, on a slash that is not between integers.
     """
     for old, new in SPELLINGS:
         text = text.replace(old, new)
     text, *units = text.split(r"\text{ ")
     if len(units) > 1:
         return None
-    text = text.replace(r"\%", "").replace(" .", " 0.").replace("{.", "{0.")
-    text = re.sub(r"^\.", "0.", text)
+    text = re.sub(r"(^|[ {])\.", r"\g<1>0.", text.replace(r"\%", ""))
     text = re.sub("^[^=]{0,2}=([^=]*)$", r"\1", text)  # the left side of an equation
     if re.search(r"\\sqrt(\\sqrt|$)", text):
         return None
@@ -59,11 +56,8 @@ def normalise(text):
     if not broken:
         text = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text)
         text = re.sub(r"\\frac([^{]){", r"\\frac{\1}{", text)  # \frac1{72}; \frac{72}1 stays
-    if text == "0.5":
-        return r"\frac{1}{2}"
-    if text.count("/") != 1:
-        return text
-    if not re.fullmatch(r"\s*[+-]?\d+\s*/\s*[+-]?\d+\s*", text):
+    text = "1/2" if text == "0.5" else text
+    if text.count("/") == 1 and not re.fullmatch(r"\s*[+-]?\d+\s*/\s*[+-]?\d+\s*", text):
         return None
     return re.sub(r"^(0|-?[1-9]\d*)/(0|-?[1-9]\d*)$", r"\\frac{\1}{\2}", text)
 
@@ -86,7 +80,7 @@ def reward(text, example):
     answer = closed_answer(text)
     boxed = last_box(text if answer is None else answer) is not None
     return {"format": 0.25 + 0.5 * (answer is not None) + 0.25 * boxed,
-            "correct": 2.0 * is_right(final_answer(text), example)}
+            "correct": 2.0 * is_right(unboxed(answer) or last_box(text), example)}
 
 
 def score(text, example):

@@ -9,8 +9,8 @@ QUESTION = "Answer the question."
 def load(split="mixed", data=None, count=None, seed=0):
     """Demonstrations as dicts with "prompt" and "completion": the trace, then the attempt.
 
-    data: a file with question, thinking_trajectories (a list, the first counts) and attempt, or a
-    folder or dataset id with the published file, the default. SystemExit names file and row.
+    data: a file with question, thinking_trajectories (a list, the first counts) and attempt; a
+    folder or dataset id with the published file; default: that.
     """
     path = find_file(data, [f"s1k{suffix}" for suffix in SUFFIXES], HUB)
     rows = read_rows(path, ("question", "thinking_trajectories", "attempt"))

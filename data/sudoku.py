@@ -10,8 +10,8 @@ from data.examples import draw_examples
 from data.files import find_file, read_rows
 from data.format import FORMAT, closed_answer, score_answer, unboxed, write_completion
 
-# in dataset/ of the d1 authors' repository
-NAMES = {"train": ("4x4_sudoku_unique_puzzles.csv",), "test": ("4x4_test_sudoku.csv",)}
+NAMES = {"train": ("4x4_sudoku_unique_puzzles.csv",),  # in dataset/ of the d1 authors' repository
+         "test": ("4x4_test_sudoku.csv",)}
 QUESTION = ("Solve this four by four Sudoku, given row by row with zero for an empty cell. Every "
             "row, column and two by two box must hold each digit from one to four once. Put only "
             "the sixteen digits of the solution inside the answer tags.")
@@ -24,16 +24,15 @@ BOXES = [[corner + k for k in (0, 1, 4, 5)] for corner in (0, 2, 8, 10)]
 def load(split, data=None, count=None, seed=0):
     """Puzzles as dicts with "prompt", "puzzle", "solution" (16 digits); for SFT "completion" too.
 
-    split, count and errors: see data/countdown.py. data: a CSV file with columns Puzzle and
-    Solution, or d1's dataset/ folder, whose authors test on 256 of its 500 puzzles; default:
-    generated puzzles.
+    split: one of examples.COUNTS. data: a CSV file with columns Puzzle and Solution, or d1's
+    dataset/ folder; default: generated puzzles. count: how many, by default all of a file.
     """
     if data is None:
         return draw_examples("sudoku", split, count, seed, draw_puzzle, demonstrate)
     path = find_file(data, NAMES.get(split, ()))
     puzzles = [read_puzzle(row, path) for row in read_rows(path, ("Puzzle", "Solution"))]
     if split == "test" and Path(data).is_dir():
-        # the authors' draw: choice(500, 256, replace=False) after numpy.random.seed(42)
+        # the authors test on choice(500, 256, replace=False) after numpy.random.seed(42)
         order = numpy.random.RandomState(42).permutation(len(puzzles))[:256]
         puzzles = [puzzles[i] for i in order]
     return puzzles[:count]
@@ -68,10 +67,10 @@ def read_puzzle(row, path):
 @functools.cache
 def grids():
     """All 288 solved grids, in order, as strings of 16 digits."""
-    grids = map("".join, itertools.product(ROWS, repeat=4))
+    fitting = map("".join, itertools.product(ROWS, repeat=4))
     for cells in (*COLUMNS, *BOXES):
-        grids = [grid for grid in grids if len({grid[i] for i in cells}) == 4]
-    return grids
+        fitting = [grid for grid in fitting if len({grid[i] for i in cells}) == 4]
+    return fitting
 
 
 @functools.cache
@@ -82,18 +81,13 @@ def grids_with(cell, digit):
 
 def solve(puzzle):
     """All solutions of 16 digits with 0 for an empty cell."""
-    fitting = set(range(len(grids())))
-    for cell, digit in enumerate(puzzle):
-        if digit != "0":
-            fitting &= grids_with(cell, digit)
-    return [grids()[i] for i in sorted(fitting)]
+    fitting = [grids_with(cell, digit) for cell, digit in enumerate(puzzle) if digit != "0"]
+    places = set(range(len(grids()))).intersection(*fitting)
+    return [grids()[i] for i in sorted(places)]
 
 
 def clashes(puzzle, solution):
-    """Wrong rows that keep their clues and clash with the solution's rows above.
-
-    A list of (row number, row of 1 to 4, the column down to the digit that it repeats).
-    """
+    """[(row number, a wrong row that keeps its clues, the column where its digit is a repeat)]."""
     wrong_rows = []
     for r, row in itertools.product((1, 2, 3), ROWS):
         keeps_clues = all(clue in ("0", digit) for clue, digit in zip(puzzle[4 * r:], row))
@@ -134,12 +128,10 @@ def is_right(answer, example):
 
 
 def cell_share(answer, example):
-    """Share of the empty cells that an answer, text or None, fills as the stored solution does."""
-    grid = read_grid(answer)
-    empty = [i for i, digit in enumerate(example["puzzle"]) if digit == "0"]
-    if grid is None or not empty:
-        return 0.0
-    return sum(grid[i] == example["solution"][i] for i in empty) / len(empty)
+    """Share of the empty cells that an answer, text or None, fills as the stored solution."""
+    cells = zip(example["puzzle"], example["solution"], read_grid(answer) or 16 * "0")
+    right = [digit == solution for clue, solution, digit in cells if clue == "0"]
+    return sum(right) / max(len(right), 1)
 
 
 def reward(text, example):

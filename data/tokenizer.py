@@ -24,36 +24,31 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder, config=None):
-        """Read `folder`/tokenizer.json; with config (model.Config) check that it fits the network."""
+        """Read `folder`/tokenizer.json. config (model.Config): check that it fits the network."""
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise SystemExit(f"error: {folder}: no tokenizer.json here")
         try:
             backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library's only type, also for a missing file
             reason = str(error).splitlines()[0]
             raise SystemExit(f"error: {path}: not a readable tokenizer ({reason})") from None
         tokenizer = cls(backend, source=path)
-        if config is not None:
-            tokenizer.check_fits(config)
-        return tokenizer
-
-    def check_fits(self, config):
-        largest = max(self.backend.get_vocab().values())
+        if config is None:
+            return tokenizer
+        largest = max(backend.get_vocab().values())
         if largest >= config.embedding_size:
-            raise SystemExit(f"error: {self.source}: token id {largest} lies outside the embedding "
-                             f"of {config.embedding_size} rows")
+            raise SystemExit(f"error: {path}: token id {largest} lies outside the embedding of "
+                             f"{config.embedding_size} rows")
         for name, expected in ((MASK, config.mask_token_id), (EOS, config.eos_token_id)):
-            if self.ids[name] != expected:
-                raise SystemExit(f"error: {self.source}: {name} has id {self.ids[name]}, "
-                                 f"config.json says {expected}")
+            if tokenizer.ids[name] != expected:
+                raise SystemExit(f"error: {path}: {name} has id {tokenizer.ids[name]}, and in "
+                                 f"config.json {expected}")
+        return tokenizer
 
     def encode(self, text):
         """Ids of plain text. A control token's name is cut in two first, so it stays text."""
-        ids = []
-        for piece in re.split(INSIDE, text):
-            ids += self.backend.encode(piece, add_special_tokens=False).ids
-        return ids
+        pieces = re.split(INSIDE, text)
+        return [i for piece in pieces
+                for i in self.backend.encode(piece, add_special_tokens=False).ids]
 
     def encode_chat(self, messages):
         """Ids of messages, {"role", "content"}, and of the header of the assistant's answer."""
@@ -62,12 +57,12 @@ class Tokenizer:
                              "Instruct checkpoint")
         ids = [self.ids[BOS]] if messages else []
         for message in messages:
-            ids += self.encode_header(message["role"])
-            ids += [*self.encode("\n\n" + message["content"].strip()), self.eot_id]
-        return ids + self.encode_header("assistant") + self.encode("\n\n")
+            ids += self.encode_turn(message["role"], message["content"].strip()) + [self.eot_id]
+        return ids + self.encode_turn("assistant", "")
 
-    def encode_header(self, role):
-        return [self.ids[HEADER], *self.encode(role), self.ids[END_HEADER]]
+    def encode_turn(self, role, text):
+        header = [self.ids[HEADER], *self.encode(role), self.ids[END_HEADER]]
+        return header + self.encode("\n\n" + text)
 
     def encode_prompt(self, prompt):
         """Ids of a chat with one message, the user's."""

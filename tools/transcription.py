@@ -1,8 +1,9 @@
-"""The published algorithm as published: what the speed of this repository is measured against, and nothing else.
+"""The published algorithm as published: what the tests and the benchmark hold this repository against.
 
 Logits of every position, float64 noise over all of them, a softmax tensor for the confidence, a loop over rows, one
-row of the network per completion. Written from LLaDA's and d1's descriptions, checked against the reference tensors
-(test_transcription.py); randomness is passed in. The network is ours, so that the ratio speaks of the algorithm.
+row of the network per completion. Written from the descriptions of LLaDA and d1 and checked against reference tensors
+(tests/test_transcription.py). Randomness is passed in. The network is ours, so that a ratio of times speaks of the
+algorithm.
 """
 import torch
 import torch.nn.functional as F
@@ -22,20 +23,21 @@ def sample(model, prompt, *, mask_id, gen_length, diffusion_steps, block_length,
 
     Returns the canvas after every step, (diffusion_steps, B, T).
     """
-    (B, P), history = prompt.shape, []
+    B, P = prompt.shape
     x = torch.cat([prompt, prompt.new_full((B, gen_length), mask_id)], dim=1)  # (B, T)
-    given = x != mask_id
+    is_prompt = x != mask_id
     if attn_mask is not None:
         attn_mask = torch.cat([attn_mask, attn_mask.new_ones(B, gen_length)], dim=1)
     blocks = gen_length // block_length
     rounds = diffusion_steps // blocks
+    history = []
     for block in range(blocks):
         end = P + (block + 1) * block_length
-        masked = (x[:, end - block_length:end] == mask_id).sum(1)
+        masked = (x[:, end - block_length:end] == mask_id).sum(1)  # (B,)
         for i in range(rounds):
             logits = model(x, attn_mask=attn_mask)  # (B, T, V)
             if cfg_scale:
-                unconditional = model(x.masked_fill(given, mask_id), attn_mask=attn_mask)
+                unconditional = model(x.masked_fill(is_prompt, mask_id), attn_mask=attn_mask)
                 logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
             logits[..., list(forbid)] = -torch.inf
             tokens = gumbel_argmax(logits, temperature, uniform(*logits.shape) if temperature else None)  # (B, T)
@@ -55,7 +57,7 @@ def sample(model, prompt, *, mask_id, gen_length, diffusion_steps, block_length,
 
 
 def log_probs(model, prompt, prompt_masked, completions, mask_id, attn_mask=None):
-    """d1's estimator with a mask for every completion: logits of all positions, then the completion's.
+    """d1's estimator with a mask for every completion: logits of all positions, then those of the completion.
 
     prompt, prompt_masked (R, P); completions (R, L); attn_mask (R, P). Returns (R, L).
     """
@@ -77,7 +79,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta):
 
 def update_phase(model, reference, optimizer, prompt, prompt_masked, completions, advantages, mask, mask_id, *,
                  epsilon, beta, grad_clip, attn_mask=None):
-    """Old and reference log-probs under all masks, then one update for each.
+    """Old and reference log-probs under all masks, then an update under each mask.
 
     reference(): a context that gives the reference policy; prompt (R, P); prompt_masked (mu, R, P); completions, mask
     (R, L); advantages (R,). Returns the losses.

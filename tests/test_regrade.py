@@ -1,0 +1,248 @@
+"""tools/published.py and tools/regrade.py: the authors' rules against a transcription, their files, and ours."""
+import json
+import os
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from data import TASKS, countdown, gsm8k
+from data.format import MAX_TEXT, write_completion
+from tools import regrade
+from tools.published import (END, GRADERS, find_expression, find_grid, find_in_paper, find_number, make_example,
+                             write_prompt)
+
+FOLDER = os.environ.get("D1_GENERATIONS", "")  # the authors' *_generations.json
+needs_generations = pytest.mark.skipif(not FOLDER, reason="D1_GENERATIONS names no folder with the authors' generations")
+SUDOKU = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
+EXAMPLES = {"countdown": {"numbers": [3, 7, 12], "target": 22}, "sudoku": SUDOKU, "gsm8k": {"answer": "18"},
+            "math500": {"answer": r"\frac{1}{2}"}}
+RIGHT = {"countdown": "3 + 7 + 12", "sudoku": SUDOKU["solution"], "gsm8k": "18", "math500": r"\frac12"}
+
+
+# ---------------------------------------------------------------- the rules once more, by regular expressions
+
+def read_number(texts):
+    for text in texts:
+        try:
+            return float(text)
+        except ValueError:
+            continue
+    return None
+
+
+def transcribed_number(text):
+    for box in re.findall(r"\\boxed{(.*?)}", text):
+        number = read_number([box.strip(), *re.findall(r"-?\d+\.?\d*", box)[:1]])
+        if number is not None:
+            return number
+    match = re.search("<answer>(.*?)</answer>", text, re.DOTALL)
+    return read_number([match[1].strip(), *re.findall(r"-?\d+\.?\d*", match[1])[-1:]]) if match else None
+
+
+def transcribed_grid(text):
+    for pattern in (r"<answer>.*?```\s*([\d\s]+)```", r"<answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)",
+                    r"</answer>\s*(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", r"(\d{16})\s*</answer>", r"\b(\d{16})\b"):
+        match = re.search(pattern, text, re.DOTALL)
+        if match and match[1].strip():
+            return re.sub(r"\s", "", match[1])
+    return ""
+
+
+def transcribed_expression(text):
+    expression, boxes = None, [match.end() for match in re.finditer(r"\\boxed\{", text)]
+    if "\\boxed " in text:
+        expression = text.split("\\boxed ")[-1].split("$")[0]
+    elif boxes:
+        body = text[boxes[-1]:]
+        ends = [i for i, c in enumerate(body) if c == "}" and body[:i].count("{") == body[:i].count("}")]
+        expression = body[:ends[0]] if ends else None
+    if expression is None:
+        match = re.search("<answer>(.*?)</answer>", text, re.DOTALL)
+        expression = match[1].strip() if match else text
+    expression = re.sub(r"\\times|\\cdot", "*", expression.replace("\\div", "/"))
+    match = re.search(r"([0-9+\-*/() ]+)=[0-9. ]+", expression)
+    return match[1].strip() if match else expression
+
+
+PIECES = ["<answer>", "</answer>", "\\boxed{", "\\boxed ", "}", "{", "=", "```", *END, "1234", "4321" * 4, "\n", " ",
+          "3 + 4", "$", "\\times", "\\div", "1,000", "...", "\\boxed{}", ".", "18 eggs", "nan", "-3"]
+
+
+def mutate(text, rng):
+    """A text cut and spliced at places that matter to the rules."""
+    places = [match.start() for match in re.finditer(r"<|\\boxed|\}|=|\d{4}", text)] or [0]
+    a, b = sorted((rng.choice(places), rng.choice(places)))
+    return text[:a] + rng.choice(PIECES) + text[b:b + rng.randint(0, 40)] + rng.choice((text[b:], rng.choice(PIECES)))
+
+
+def assert_read_alike(texts):
+    for text in texts:
+        if len(text) <= MAX_TEXT:
+            for ours, theirs in ((find_number, transcribed_number), (find_grid, transcribed_grid),
+                                 (find_expression, transcribed_expression)):
+                assert repr(ours(text)) == repr(theirs(text)), text  # repr: NaN is NaN
+
+
+def test_texts_are_read_as_the_rules_say():
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(PIECES, k=rng.randint(1, 12))) for _ in range(5000)]
+    assert_read_alike([*texts, *(mutate(text, rng) for text in texts)])
+
+
+# ---------------------------------------------------------------- the authors' files
+
+@needs_generations
+def test_their_files_give_the_first_row_of_the_paper(capsys):
+    results = regrade.main([FOLDER])
+    counts = {"math500": (500, 162), "countdown": (256, 50), "gsm8k": (1130, 863)}
+    for task, (count, right) in counts.items():
+        result = results[f"{task}_instruct_256_128"]
+        assert (result["problems"], result["published"]) == (count, right / count)
+    assert results["sudoku_instruct_256_128"]["published"] == 137 / 2048  # cells, over all puzzles
+    assert results["sudoku_instruct_256_128"]["valid"] == 5 / 256
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[0].split()[1:] == "problems published exact valid effective_tokens paper".split()
+    assert "76.37%" in lines[2] and lines[4].endswith("6.7")
+
+
+@needs_generations
+def test_their_texts_are_read_as_the_rules_say():
+    rng = random.Random(0)
+    texts = [row["text"] for _, _, rows in regrade.find_generations([FOLDER]).values() for row in rows]
+    assert_read_alike([*texts, *(mutate(text, rng) for text in texts)])
+
+
+def write_theirs(path, texts, truth=18.0, length=64):
+    items = [{"question": "q", "ground_truth": truth, "generations": text} for text in texts]
+    path.write_text(json.dumps({"generations": items, "gen_length": length}))
+
+
+def test_files_of_one_evaluation_are_counted_together(tmp_path):
+    """Sums over files, then one division: never a mean of means."""
+    right = "<answer>\n\\boxed{18}\n</answer><|eot_id|><|endoftext|><|endoftext|>"
+    write_theirs(tmp_path / "gsm_mine_64_32_0_generations.json", [right, "17", "16"])
+    write_theirs(tmp_path / "gsm_mine_64_32_1_generations.json", [right])
+    [(task, length, rows)] = regrade.find_generations([tmp_path]).values()
+    result = regrade.grade(task, rows)
+    assert (task, length, result["published"], result["exact"]) == ("gsm8k", 64, 0.5, 0.5)
+    assert result["effective_tokens"] == (62 + 64 + 64 + 62) / 4  # the canvas without EOS
+    write_theirs(tmp_path / "gsm_mine_64_32_2_generations.json", [right], length=128)
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*_2_generations.json: another length[^\n]*$"):
+        regrade.find_generations([tmp_path])
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("gsm8k_x_64_32_0_generations.json", "{", "not a file of generations"),
+    ("gsm8k_x_64_32_0_generations.json", '{"generations": []}', "gen_length"),
+    ("gsm8k_x_64_32_0_generations.json", '{"gen_length": 64, "generations": [{"question": "q"}]}', "item 0"),
+    ("sudoku_x_64_32_0_generations.json",
+     '{"gen_length": 64, "generations": [{"question": "q", "generations": "", "ground_truth": "1"}]}', "item 0"),
+    ("poetry.json", "{}", "the name must be"), ("poetry_32.jsonl", "{}", "the name must be"),
+    ("gsm8k_64.jsonl", '{"completion": "x"}', "row 1"), ("gsm8k_64.jsonl", "x", "row 1"),
+    ("readme.txt", "", "no generations in this folder")])
+def test_generations_that_cannot_be_graded_are_named(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}[^\n]*{words}[^\n]*$"):
+        regrade.main([str(tmp_path if name == "readme.txt" else path)])
+
+
+def test_paths_that_do_not_exist_are_named():
+    with pytest.raises(SystemExit, match="^error: nowhere: no such file or folder$"):
+        regrade.main(["nowhere"])
+
+
+# ---------------------------------------------------------------- verdicts
+
+@pytest.mark.parametrize("text, right", [
+    (r"\boxed{1,000} \boxed{18}", 0), (r"\boxed{...} \boxed{18 eggs}", 1), ("<answer>7 + 11 = 18</answer>", 1), ("18", 0),
+    (r"\boxed{} <answer>18</answer>", 1), ("\\boxed{a\n18}", 0)])
+def test_gsm8k_takes_the_first_readable_box(text, right):
+    assert GRADERS["gsm8k"](text, EXAMPLES["gsm8k"])["published"] == right
+
+
+def test_gsm8k_problems_whose_answer_was_lost_cannot_be_solved():
+    for truth in ("-3", None):
+        assert GRADERS["gsm8k"](r"\boxed{-3}", {"answer": truth})["published"] == 0
+    assert GRADERS["gsm8k"](r"\boxed{-3}", {"answer": "-3"})["exact"] == 1
+
+
+@pytest.mark.parametrize("text, published, exact", [
+    (r"\boxed{3 + 7 + 12 = 22}", 1, 1), ("<answer>12+7+3</answer>", 1, 1), ("so 12 + 7 + 3 = 22.", 1, 1),
+    (r"\boxed{3 \times 7 + 12}", 0, 0), (r"\boxed{12 +7 + 3 + 0}", 0, 0), (r"\boxed{12+7+3.}", 1, 0),
+    (r"\boxed{}<answer>12+7+3</answer>", 0, 0), (r"\boxed{12(7)+3}", 0, 0), (r"\boxed{3/0+7+12}", 0, 0)])
+def test_countdown_reads_expressions_as_python(text, published, exact):
+    assert GRADERS["countdown"](text, EXAMPLES["countdown"]) == {"published": published, "of": 1, "exact": exact}
+
+
+@pytest.mark.parametrize("expression, numbers, target", [
+    ("2**3", [2, 3], 8), ("7//2", [2, 7], 3), ("3.5*2", [3, 5, 2], 7)])
+def test_countdown_knows_more_operators_than_exact_arithmetic(expression, numbers, target):
+    verdict = GRADERS["countdown"](f"\\boxed{{{expression}}}", {"numbers": numbers, "target": target})
+    assert (verdict["published"], verdict["exact"]) == (1, 0)
+
+
+@pytest.mark.parametrize("text, right, exact, valid", [
+    ("<answer>\n3142 2431\n4213 1324<|eot_id|>", 8, 1, 1), ("<answer>see ```3142243142131324```</answer>", 8, 1, 1),
+    ("</answer> 3142243142131324<|endoftext|>", 8, 1, 1), ("<answer>31422431</answer>", 4, 0, 0),
+    ("<answer>31422431421313244</answer>", 8, 0, 0), ("<answer>", 0, 0, 0), ("<answer>3142243142131321</answer>", 7, 0, 1)])
+def test_sudoku_pads_or_cuts_and_counts_cells(text, right, exact, valid):
+    assert GRADERS["sudoku"](text, SUDOKU) == {"published": right, "of": 8, "exact": exact, "valid": valid}
+
+
+@pytest.mark.parametrize("task", GRADERS)
+def test_graders_are_total_and_bounded(task):
+    for text in ["9**9**9**9", "(" * 10_000, "\\boxed{" * 20_000, "\\boxed{" + "{" * 10**5, "<answer>" * 20_000, "1" * 10**6,
+                 "<answer>" + "1" * 10**6 + "</answer>", "```" + "1 " * 400_000, "<answer>```" + " " * 500_000, "\ud800",
+                 "1" * 16 + " " * 900_000, "\\boxed{" + "\\frac" * 20_000 + "}", "\\boxed " * 20_000, "1 + " * 250_000 + "=",
+                 "\\boxed{\n" * 10**5, "\0", "３" * 1000, "=1" * 300_000]:
+        started = time.process_time()
+        verdict = GRADERS[task](text, EXAMPLES[task])
+        assert time.process_time() - started < 0.1, text[:40]
+        assert all(isinstance(value, (int, float)) for value in verdict.values())
+
+
+# ---------------------------------------------------------------- evaluation with their kind of prompt
+
+def test_a_model_is_evaluated_with_their_kind_of_prompt(tmp_path, capsys):
+    words = "--published_prompts --task countdown --count 3 --gen_length 16 --diffusion_steps 4 --device cpu"
+    result = regrade.main([*words.split(), "--out", str(tmp_path / "run")])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "countdown_16.jsonl").read_text().splitlines()]
+    assert len(rows) == result["problems"] == 3 and "published" in capsys.readouterr().out
+    assert all(row["prefill"] == "<reasoning>" and "\\boxed{...}" in row["prompt"] and "ids" not in row for row in rows)
+    [(_, _, graded)] = regrade.find_generations([tmp_path / "run"]).values()
+    assert all(row["text"].startswith("<reasoning>") for row in graded)
+    with pytest.raises(SystemExit, match="^error: --published_prompts evaluates a --task"):
+        regrade.main(["--published_prompts"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_our_files_are_graded_with_what_the_prompt_began(tmp_path, task):
+    text = write_completion("x", rf"\boxed{{{RIGHT[task]}}}")
+    row = {**EXAMPLES[task], "prefill": text[:11], "completion": text[11:], "ended": True, "effective_tokens": 9}
+    (tmp_path / f"{task}_32.jsonl").write_text(json.dumps(row) + "\n")
+    [(name, result)] = regrade.main([str(tmp_path)]).items()
+    assert name.endswith(f"{task}_32") and result["published"] == result["exact"] == 1 and result["problems"] == 1
+
+
+def test_prompts_and_examples_have_what_they_are_made_of():
+    for task, example in (("countdown", countdown.load("test", count=1)[0]), ("sudoku", SUDOKU), ("gsm8k", {"question": "q"})):
+        last = write_prompt(task, example).rpartition("\n\n")[2]
+        assert last == {"countdown": f"Numbers: {example.get('numbers')}\nTarget: {example.get('target')}",
+                        "sudoku": f"Puzzle: {SUDOKU['puzzle']}", "gsm8k": "q"}[task]
+    assert make_example("countdown", "q", [[3.0, 7.0], 10.0]) == {"numbers": [3, 7], "target": 10}
+    assert make_example("sudoku", f"Solve {SUDOKU['puzzle']}.", SUDOKU["solution"]) == SUDOKU
+    assert gsm8k.is_right("18", make_example("gsm8k", "q", 18.0)) and make_example("gsm8k", "q", None)["answer"] is None
+
+
+def test_the_papers_rows_stand_below_ours(capsys):
+    assert find_in_paper("+ SFT", "sudoku", 512) == 4.6 and find_in_paper("+ SFT", "sudoku", 32) is None
+    regrade.print_beside_the_paper("gsm8k", 256, 0.5, "mine")
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].split()[-2:] == ["gsm8k", "256"] and lines[1].split() == ["mine", "50.00%"]
+    assert lines[-1].endswith("81.10%") and len(lines) == 6
+    regrade.print_beside_the_paper("sudoku", 32, 1.0, "mine")
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,1 @@
+"""Programs around the path. Each runs by itself, from any working directory."""

@@ -1,0 +1,213 @@
+"""The paper's experiment in miniature: its table, its ablations, and the estimators that came after it.
+
+    python tools/experiments.py table                  run what is missing, write docs/results/table.json, print it
+    python tools/experiments.py ablations --jobs 2     the same, two runs side by side, one thread each
+
+A row is a list of plain commands, which you can run by hand just as well; those whose output is there already are not
+repeated. Runs lie in runs/experiments, their logs beside them, and plot.py draws them.
+"""
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from run import git_commit  # noqa: E402
+
+RUNS = "runs/experiments"
+TASKS = ("countdown", "sudoku")
+LAST = 5  # a training's result is the mean over its last steps
+GRPO = "--task {task} --seed {seed} --eval_count 0 --prompts_per_step 8"  # half the default
+SHORT = f"variants/grpo.py {GRPO} --threshold 0.9"  # learns as well in half the time, see the samplers
+SFT = ("train_sft.py --task countdown sudoku --split corrected --count 500 --steps 80 --batch_size 32 --lr 1e-4 "
+       "--warmup 0 --seed {seed}")
+
+
+def evaluate(model):
+    """The commands that evaluate a model at three lengths."""
+    return [f"sample.py --task {{task}} --count 256 --gen_length {length} --model {model}" for length in (24, 32, 48)]
+
+
+# {experiment: {row: commands}}; <0>, <1> stand for the folders of a row's first and second command
+EXPERIMENTS = {
+    "table": {
+        "base": evaluate("data/tiny"),
+        "+ SFT": [SFT, *evaluate("<0>/step_000080")],
+        "+ diffu-GRPO": [SHORT, *evaluate("<0>/step_000020")],
+        "+ SFT + diffu-GRPO": [SFT, SHORT + " --model <0>/step_000080", *evaluate("<1>/step_000020")],
+    },
+    "estimators": {
+        "one_step": [SHORT],
+        **{name: [f"{SHORT} --estimator {name}"] for name in ("random_mask", "coupled", "trajectory")},
+        **{name: [f"{SHORT} --objective {name}"] for name in ("sequence", "wd1")},
+        "sequence, as published": [SHORT + " --objective sequence --epsilon 3e-4 --beta 0"],
+        "wd1, without KL": [SHORT + " --objective wd1 --beta 0"],
+    },
+    "samplers": {
+        "exact": [f"train_grpo.py {GRPO}"],
+        "threshold": [SHORT],
+        "threshold and cache": [SHORT + " --cache dual"],
+    },
+    "ablations": {  # the telling rows first
+        "as default": [SHORT],
+        "mask per completion": [SHORT + " --estimator mask_per_completion"],
+        **{f"K {k}": [f"{SHORT} --masks_per_prompt {k}"] for k in (6, 2)},
+        **{f"mu {mu}": [f"{SHORT} --num_iterations {mu}"] for mu in (1, 12, 2, 8)},
+        "fixed masks, mu 12": [SHORT + " --estimator fixed_masks --num_iterations 12"],
+        **{f"p {p:g}": [f"{SHORT} --p_mask_prompt {p}"] for p in (0, 0.5, 0.7, 0.3)},
+        "sequence mean": [SHORT + " --objective sequence_mean"],
+        "Gumbel in bfloat16": [SHORT + " --gumbel_bfloat16"],
+    },
+}
+
+
+# ---------------------------------------------------------------- running
+
+def out_of(command):
+    """The folder of a command's output, named after its words, short enough for a file system."""
+    words = [word.removeprefix("--").removesuffix(".py") for word in shlex.split(command)]
+    name = "_".join(words).replace("/", "-")
+    if len(name) > 150:
+        name = f"{name[:140]}-{sha256(name.encode()).hexdigest()[:8]}"
+    return f"{RUNS}/{name}"
+
+
+def resolve(commands, task, seed):
+    """[(command, its folder)] of a row for a task and a seed."""
+    resolved = []
+    for command in commands:
+        command = command.format(task=task, seed=seed)
+        for number, (_, out) in enumerate(resolved):
+            command = command.replace(f"<{number}>", out)
+        resolved.append((command, out_of(command)))
+    return resolved
+
+
+def run(command, out, threads):
+    """Run a command with --out, unless it has run; its output goes to <out>.log. A failure ends the experiment."""
+    if (ROOT / out / "summary.json").exists():
+        return
+    (ROOT / out).parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, *shlex.split(command), "--out", out]
+    if not command.startswith("sample.py"):
+        words.append("--resume")
+    with open(ROOT / f"{out}.log", "a") as log:
+        code = subprocess.run(words, cwd=ROOT, stdout=log, stderr=log,
+                              env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+    if code:
+        raise SystemExit(f"error: {command} failed, see {out}.log")
+    print("done:", command, flush=True)
+
+
+def run_all(rows, tasks, seeds, jobs):
+    """Run every command of every row once: all first commands, then all second ones, since these build on the first."""
+    plans = [resolve(commands, task, seed) for commands in rows.values() for task in tasks for seed in seeds]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        for stage in range(max(map(len, plans))):
+            commands = dict.fromkeys(plan[stage] for plan in plans if len(plan) > stage)  # each once, in order
+            list(pool.map(lambda item: run(*item, threads), commands))
+
+
+# ---------------------------------------------------------------- collecting
+
+def read_evaluation(out):
+    summary = json.loads((ROOT / out / "summary.json").read_text())
+    return {f"length {summary['gen_length']}": summary["accuracy"]}
+
+
+def read_training(out):
+    """Reward and accuracy of a training's last rollouts, its median seconds a step, and its curve of accuracy."""
+    lines = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in lines if "loss" in row]  # the other lines are evaluations, the first of them before step 1
+    seconds = [60 * (row["minutes"] - before["minutes"]) for before, row in zip(lines, lines[1:]) if "loss" in row]
+    result = {name: statistics.mean(row[name] for row in steps[-LAST:]) for name in ("reward", "accuracy")}
+    return {**result, "seconds": statistics.median(seconds), "curve": [round(row["accuracy"], 4) for row in steps]}
+
+
+def read_result(plan):
+    """The result of a row for a task and a seed: of its evaluations, or of its training where it has none."""
+    evaluations = [out for command, out in plan if command.startswith("sample.py")]
+    if not evaluations:
+        return read_training(plan[-1][1])
+    return {name: value for out in evaluations for name, value in read_evaluation(out).items()}
+
+
+def add_equal_time(values, first_seconds):
+    """Add the accuracy that a training had when the first row's training ended. Clocks within 5% count as equal."""
+    share = min(1.0, first_seconds / values["seconds"][0])
+    for_all = share > 0.95
+    values["accuracy in equal time"] = []
+    for curve in values["curve"]:
+        done = len(curve) if for_all else max(1, round(len(curve) * share))
+        values["accuracy in equal time"].append(statistics.mean(curve[max(0, done - LAST):done]))
+
+
+def collect(rows, tasks, seeds):
+    """[{row, task, commands, values: {name: a number per seed}, mean, spread}], spread the sample standard deviation.
+
+    Of a training: reward and accuracy of the rollouts over its last steps, "seconds" of the median step of all seeds,
+    and the accuracy in equal time.
+    """
+    collected, first_seconds = [], {}
+    for label, commands in rows.items():
+        for task in tasks:
+            results = [read_result(resolve(commands, task, seed)) for seed in seeds]
+            values = {name: [result[name] for result in results] for name in results[0]}
+            if "curve" in values:
+                values["seconds"] = [statistics.median(values["seconds"])]
+                add_equal_time(values, first_seconds.setdefault(task, values["seconds"][0]))
+            numbers = {name: column for name, column in values.items() if name != "curve"}
+            collected.append({
+                "row": label, "task": task, "commands": resolve(commands, task, "SEED"), "values": values,
+                "mean": {name: statistics.mean(column) for name, column in numbers.items()},
+                "spread": {name: statistics.stdev(column) for name, column in numbers.items() if len(column) > 1}})
+    return collected
+
+
+def show(collected):
+    """Print the rows as a Markdown table: mean and spread in per cent, and the seconds of a step."""
+    for row in collected:
+        cells = []
+        for name, mean in row["mean"].items():
+            spread = f" ± {100 * row['spread'][name]:.1f}" if name in row["spread"] else ""
+            cells.append(f"{mean:.1f} s" if name == "seconds" else f"{name} {100 * mean:.1f}{spread}")
+        print(f"| {row['task']} | {row['row']} | {' | '.join(cells)} |")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: both, or countdown alone where it suffices")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores")
+    parser.add_argument("--rows", nargs="+", help="only these; no file is written")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    rows = {row: commands for row, commands in EXPERIMENTS[args.experiment].items() if not args.rows or row in args.rows}
+    if not rows:
+        raise SystemExit(f"error: --rows {' '.join(args.rows)}: choose from {', '.join(EXPERIMENTS[args.experiment])}")
+    tasks = args.tasks or (("countdown",) if args.experiment in ("ablations", "samplers") else TASKS)
+    run_all(rows, tasks, args.seeds, args.jobs)
+    collected = collect(rows, tasks, args.seeds)
+    show(collected)
+    if not args.rows:
+        command = f"python tools/experiments.py {args.experiment} --seeds {' '.join(map(str, args.seeds))}"
+        results = {"command": command, "commit": git_commit(), "device": f"CPU, {os.cpu_count()} cores, float32",
+                   "rows": collected}
+        path = ROOT / f"docs/results/{args.experiment}.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_args())

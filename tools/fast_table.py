@@ -1,0 +1,99 @@
+"""What Fast-dLLM's cache and threshold cost and gain, on the embedded model and held-out problems.
+
+    python tools/fast_table.py                     512 problems of countdown and sudoku, at temperature 0 and 0.9
+    python tools/fast_table.py --json FILE         and write it
+
+FLOPs are those of all forward passes, matrix products and attention, counted by torch over one batch of problems.
+"gain" is how many times fewer they are than those of the exact sampler. Tokens per second count whole completions, and
+depend on the machine.
+"""
+import argparse
+import functools
+import itertools
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import TASKS  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from model import TINY, LLaDA  # noqa: E402
+from parallel import processes  # noqa: E402
+from sample import encode_prompts, evaluate  # noqa: E402
+from tools.measure import count_flops, print_table  # noqa: E402
+from variants import fast_dllm  # noqa: E402
+
+LENGTH, COUNTED = 32, 64  # tokens of a completion; problems of which the FLOPs are counted
+
+
+def measure(model, tokenizer, task, examples, procs, threshold, cache, **sampling):
+    """{"accuracy", "rounds", "GFLOP" of a problem, "tokens_per_second"} of a setting."""
+    evaluate_on = functools.partial(
+        evaluate, model, tokenizer, TASKS[task], procs=procs, seed=0, rollout_batch=128, gen_length=LENGTH,
+        diffusion_steps=LENGTH, generate=functools.partial(fast_dllm.generate, threshold=threshold, cache=cache),
+        **sampling)
+    start = time.monotonic()
+    means, _ = evaluate_on(examples=examples)
+    seconds = time.monotonic() - start
+    with sdpa_kernel(SDPBackend.MATH):  # torch does not count the other kernels of a CPU
+        flops = count_flops(lambda: evaluate_on(examples=examples[:COUNTED]))
+    return {"accuracy": means["accuracy"], "rounds": means["rounds"],
+            "GFLOP": flops / len(examples[:COUNTED]) / 1e9, "tokens_per_second": LENGTH * len(examples) / seconds}
+
+
+def measure_all(model, tokenizer, task, temperature, args, procs):
+    """A row for every block length, threshold and cache. The first row is the exact sampler."""
+    split = "train" if args.train_split else "test"
+    room = model.config.max_sequence_length - LENGTH
+    examples = encode_prompts(TASKS[task].load(split, count=args.count), tokenizer, room, procs)
+    rows = []
+    for block, threshold, cache in itertools.product(args.block_length, (None, *args.threshold),
+                                                     (None, "prefix", "dual")):
+        row = {"task": task, "temperature": temperature, "block_length": block, "cache": cache or "-",
+               "threshold": threshold or "-"}
+        row |= measure(model, tokenizer, task, examples, procs, threshold, cache,
+                       temperature=temperature, block_length=block)
+        row["gain"] = (rows or [row])[0]["GFLOP"] / row["GFLOP"]
+        rows.append(row)
+    return rows
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", default=["countdown", "sudoku"])
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.9])
+    parser.add_argument("--block_length", type=int, nargs="+", default=[8])
+    parser.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.7, 0.5])
+    parser.add_argument("--train_split", action="store_true", help="training problems instead of held-out ones")
+    parser.add_argument("--count", type=int, default=512, help="problems")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--device")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Print a table for every task and temperature, and return all rows."""
+    all_rows = []
+    with processes(args.device) as procs:
+        model = LLaDA.from_pretrained(TINY, procs.device).eval()
+        tokenizer = Tokenizer.from_folder(TINY, model.config)
+        for task, temperature in itertools.product(args.task, args.temperature):
+            rows = measure_all(model, tokenizer, task, temperature, args, procs)
+            print_table([{**{name: str(value) for name, value in row.items()}, "accuracy": f"{row['accuracy']:.1%}",
+                          **{name: f"{row[name]:.2f}" for name in ("rounds", "GFLOP", "gain")},
+                          "tokens_per_second": f"{row['tokens_per_second']:.0f}"} for row in rows])
+            all_rows += rows
+    if args.json:
+        results = {"command": shlex.join(["python", "tools/fast_table.py", *sys.argv[1:]]), "rows": all_rows}
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    return all_rows
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,54 @@
+"""train_grpo.py with other estimators, objectives and samplers, in any combination.
+
+    python variants/grpo.py --task countdown --masks_per_prompt 6
+    python variants/grpo.py --task countdown --estimator trajectory --snapshots 4 --objective sequence
+    python variants/grpo.py --task countdown --threshold 0.9
+
+A method of your own is a program such as this one: its functions, its options, one call of train_grpo.main.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_grpo  # noqa: E402
+from run import refuse_negative  # noqa: E402
+from variants.estimators import ESTIMATORS  # noqa: E402
+from variants.evaluate import add_sampler_options, check_threshold, drop_unread, pick_generate  # noqa: E402
+from variants.objectives import OBJECTIVES  # noqa: E402
+
+
+def parse_args(argv=None):
+    """The options of train_grpo.py and of the methods, without those that the chosen methods do not read."""
+    parser = train_grpo.new_parser(argv)
+    group = parser.add_argument_group("methods")
+    group.add_argument("--estimator", choices=ESTIMATORS, default="one_step", help="see variants/estimators.py")
+    group.add_argument("--masks_per_prompt", type=int, default=1, help="K, masks of a prompt in an update")
+    group.add_argument("--snapshots", type=int, default=4, help="of a rollout, for --estimator trajectory")
+    group.add_argument("--objective", choices=OBJECTIVES, default="grpo", help="see variants/objectives.py")
+    add_sampler_options(parser)
+    args = refuse_negative(parser.parse_args(argv))
+    if not args.masks_per_prompt or not args.snapshots:
+        raise SystemExit("error: --masks_per_prompt and --snapshots must be at least 1")
+    unread = {"p_mask_prompt", "masks_per_prompt", "snapshots"} - set(ESTIMATORS[args.estimator].options)
+    drop_unread(args, argv, unread, f"by --estimator {args.estimator}")
+    if args.objective == "wd1":
+        drop_unread(args, argv, ["epsilon"], "by --objective wd1")
+    check_threshold(args, argv)
+    args.out = args.out or f"runs/grpo-{args.task}-{args.estimator}-{args.objective}"
+    return args
+
+
+def main(args):
+    estimator = ESTIMATORS[args.estimator]
+
+    def objective(logps, old_logps, ref_logps, rollout, masked, args):
+        rollout = estimator.scored(rollout, masked, len(logps) // len(rollout.prompt))
+        return OBJECTIVES[args.objective](logps, old_logps, ref_logps, rollout, masked, args)
+
+    return train_grpo.main(args, draw=estimator.draw, log_probs=estimator.log_probs, objective=objective,
+                           generate=pick_generate(args))
+
+
+if __name__ == "__main__":
+    main(parse_args())
