@@ -26,11 +26,8 @@ SUPPORTED = {  # fields that would change the network, with the value of every p
         "attention_layer_norm", "input_emb_norm", "clip_qkv", "multi_query_attention",
         "attention_dropout", "residual_dropout", "embedding_dropout"), 0),  # 0, false or null
 }
-NEEDED = {
-    **dict.fromkeys(("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size"), int),
-    **dict.fromkeys(("embedding_size", "max_sequence_length", "mask_token_id", "eos_token_id"), int),
-    **dict.fromkeys(("rope_theta", "rms_norm_eps", "init_std"), float), "weight_tying": bool,
-}
+NEEDED = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size", "init_std",
+          "max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta", "rms_norm_eps")
 
 
 class Config(SimpleNamespace):
@@ -49,10 +46,10 @@ class Config(SimpleNamespace):
         config.embedding_size = raw.get("embedding_size") or raw.get("vocab_size")
         config.mlp_hidden_size = raw.get("mlp_hidden_size") or (
             raw.get("mlp_ratio", 0) * raw.get("d_model", 0))
-        for name, kind in NEEDED.items():
+        for name in NEEDED:
             value = getattr(config, name, None)
-            if type(value) not in (kind, int) or not value >= 0:
-                raise SystemExit(f"error: {path}: {name} = {value!r} is not a {kind.__name__} >= 0")
+            if type(value) not in (int, float) or not value >= 0:
+                raise SystemExit(f"error: {path}: {name} must be a number, found {value!r}")
         config.head_dim = config.d_model // config.n_heads
         return config
 

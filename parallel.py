@@ -28,6 +28,8 @@ PARALLEL_OPTIONS = DEVICE_OPTIONS | {
     "checkpoint_activations": (False, False, "recompute the blocks in the backward pass"),
     "replicas": (1, 1, "copies of the model, each sharded over processes / replicas"),
 }
+COUNTS = {"steps", "prompts_per_step", "batch_size", "num_iterations", "microbatch",
+          "rollout_batch", "replicas"}  # options that must be at least 1
 
 
 class Stopped(Exception):
@@ -97,8 +99,8 @@ class Processes:
 def processes(args):
     """Join the job that torchrun started, or be alone. Gives a `Processes`."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise SystemExit(f"error: --{name} {value}: must be a number, 0 or more")
+        if isinstance(value, (int, float)) and not value >= (name in COUNTS):
+            raise SystemExit(f"error: --{name} {value}: must be at least {int(name in COUNTS)}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -154,7 +156,7 @@ def parallelise(model, args, procs):
             block.forward = functools.partial(recompute, block.forward)
     if procs.world == 1:
         return
-    if procs.world % max(1, args.replicas):
+    if procs.world % args.replicas:
         raise SystemExit(f"error: --replicas {args.replicas} does not divide {procs.world} processes")
     shape, names = (procs.world,), ("shard",)
     if args.replicas > 1:  # HSDP: only gradients travel between the copies of the model

@@ -37,18 +37,15 @@ MAY_CHANGE = {  # what may change when a run is resumed: it does not decide what
     "out", "resume", "save_every", "eval_every", "microbatch", "rollout_batch", *PARALLEL_OPTIONS}
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, shows every default."""
-
-
 def make_parser(argv, description, groups):
     """A parser with the options of {group: {name: (8b, tiny, words)}}, and a glance at the options.
 
     The preset, the column that gives the defaults, is --preset, or "tiny" for a model with the
     config.json of data/tiny, or "8b" for any other model.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter,
-                                     add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    parser = argparse.ArgumentParser(
+        description=description.partition("\n")[0], add_help=False, allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, conflict_handler="resolve")
     parser.add_argument("--model", default="data/tiny", help="checkpoint folder or hub id")
     parser.add_argument("--preset", choices=PRESETS, help="defaults of LLaDA-8B or of data/tiny")
     parser.add_argument("--task", nargs="+")  # for the glance; the script adds its own
@@ -77,7 +74,7 @@ class Run:
         """Take the folder; with --resume it may hold this run, its options but for MAY_CHANGE."""
         task = "-".join([args.task] if isinstance(args.task, str) else args.task) or "data"
         self.out, self.args, self.procs = Path(args.out or f"runs/{script}-{task}"), args, procs
-        self.step, self.started, self.evaluations = 0, time.monotonic(), {}
+        self.step, self.started = 0, time.monotonic()
         fault = self.take_folder(MAY_CHANGE.union(may_change)) if procs.is_main else ""
         fault = procs.gather([fault])[0]
         if fault:
@@ -100,9 +97,11 @@ class Run:
             for name in sorted(before.keys() & options.keys() - may_change):
                 if before[name] != options[name]:
                     return f"was run with --{name} {before[name]}, a resumed run cannot change that"
-        write_json(path, {"options": options, "command": shlex.join(sys.argv), "commit": commit(),
-                          "torch": torch.__version__, "device": self.procs.device_name,
-                          "processes": self.procs.world})
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        write_json(path, {
+            "options": options, "command": shlex.join(sys.argv), "torch": torch.__version__,
+            "commit": subprocess.getoutput(shlex.join(git)), "device": self.procs.device_name,
+            "processes": self.procs.world})
         return ""
 
     def load(self, betas):
@@ -143,16 +142,14 @@ class Run:
             self.save()
             self.procs.print(f"stopped after step {self.step}: --resume goes on from there")
 
+    @property
+    def minutes(self):
+        """How long the run has taken, over all its lives."""
+        return (time.monotonic() - self.started) / 60
+
     def is_due(self, every):
         """Whether what happens every so many steps, and after the last, happens now."""
         return self.step == self.args.steps or (every and self.step % every == 0)
-
-    def evaluation_is_due(self):
-        return self.step not in self.evaluations and self.is_due(self.args.eval_every)
-
-    def log_evaluation(self, metrics):
-        self.evaluations[self.step] = metrics
-        self.log("metrics.jsonl", [metrics])
 
     def log_step(self, row, samples=(), shown=()):
         """Log a step, show some of its metrics, save when due, stop where a signal came."""
@@ -170,18 +167,19 @@ class Run:
     def log(self, file, rows):
         """Append dicts to `file`, a JSON line each, with the step and the minutes so far."""
         if self.procs.is_main:
-            now = {"step": self.step, "minutes": (time.monotonic() - self.started) / 60}
+            now = {"step": self.step, "minutes": self.minutes}
             with open(self.out / file, "a", encoding="utf-8") as lines:
                 for row in rows:
                     lines.write(json.dumps(now | row, ensure_ascii=False) + "\n")
 
     def finish(self, **results):
         """Write summary.json: results, and the held-out metrics before and after training."""
-        for when, step in (("before", 0), ("after", self.step)):
-            metrics = self.evaluations.get(step, {})
-            results |= {f"{name}_{when}".removeprefix("held_out_"): metrics[name] for name in metrics}
+        rows = cut_log(self.out / "metrics.jsonl", self.step) if self.procs.is_main else []
+        held_out = [row for row in self.procs.gather(rows) if "loss" not in row]
+        for when, row in zip(("before", "after"), held_out[:1] + held_out[-1:]):
+            results |= {f"{name[9:]}_{when}": row[name] for name in row if "held_out_" in name}
         summary = {"task": self.args.task, "seed": self.args.seed, "steps": self.step, **results,
-                   "minutes": (time.monotonic() - self.started) / 60, "device": self.procs.device_name}
+                   "minutes": self.minutes, "device": self.procs.device_name}
         if self.procs.is_main:
             write_json(self.out / "summary.json", summary)
         self.procs.print(f"all of it is in {self.out}")
@@ -189,7 +187,8 @@ class Run:
 
     def restore(self):
         """Go on from the newest checkpoint, if any. Drops log lines behind it: they come again."""
-        folder = self.procs.gather([newest_checkpoint(self.out)])[0]  # all take the same
+        whole = [folder for folder in checkpoints(self.out) if is_whole(folder)]
+        folder = self.procs.gather(whole[-1:])[0] if whole else None  # all take the same
         if folder:
             load_trained(self.model, folder)
             reader = dcp.HuggingFaceStorageReader(str(folder / "optimizer"))
@@ -197,15 +196,10 @@ class Run:
                 dcp.load(optimizer_state(self.model, self.optimizer), storage_reader=reader)
             self.step = step_of(folder)
             self.procs.print(f"resumed from {folder}")
-        rows = []
         if self.procs.is_main:
             cut_log(self.out / "samples.jsonl", self.step)
-            rows = cut_log(self.out / "metrics.jsonl", self.step)
-        for row in self.procs.gather(rows):
-            self.started = min(self.started, time.monotonic() - 60 * row["minutes"])
-            held_out = {name: row[name] for name in row if name.startswith("held_out_")}
-            if held_out:
-                self.evaluations[row["step"]] = held_out
+            for row in cut_log(self.out / "metrics.jsonl", self.step)[-1:]:
+                self.started -= 60 * row["minutes"]
 
     def save(self):
         """Write the checkpoint of self.step, unless it is there; remove all but the newest two."""
@@ -253,21 +247,12 @@ def checkpoints(out):
     return sorted(folders, key=step_of)
 
 
-def newest_checkpoint(out):
-    """The newest checkpoint that is whole, or None."""
-    for folder in reversed(checkpoints(out)):
-        if is_whole(folder):
-            return folder
-        print(f"skipped {folder}: a file is missing or of another size", file=sys.stderr)
-    return None
-
-
 def is_whole(folder):
-    """Whether all files of a checkpoint are there with the sizes in files.json."""
+    """Whether all files of a checkpoint are there, with the sizes in files.json."""
     listing = folder / "files.json"
-    sizes = read_json(listing) if listing.exists() else {listing.name: 0}
-    paths = {name: folder / name for name in sizes}
-    return all(path.exists() and path.stat().st_size == sizes[name] for name, path in paths.items())
+    sizes = read_json(listing) if listing.exists() else {"files.json": 0}
+    files = {name: folder / name for name in sizes}
+    return all(file.exists() and file.stat().st_size == sizes[name] for name, file in files.items())
 
 
 def finish_checkpoint(unfinished, folder):
@@ -316,10 +301,3 @@ def sync(path):
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     sync(path)
-
-
-def commit():
-    """The git commit of this code, or "" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    git = shutil.which("git")
-    return git and subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -1,11 +1,9 @@
-"""The sampler of d1: LLaDA's semi-autoregressive low-confidence remasking, and what it is for.
+"""The sampler of d1, LLaDA's low-confidence remasking, and what it is for: answer, watch, evaluate.
 
     canvas = prompt + gen_length x [MASK]
     for each block, left to right, in diffusion_steps / blocks rounds:
         predict every masked token of the block
         commit the most confident of them, leave the others masked
-
-`generate` works on tensors; `complete` makes texts of prompts, for rollouts and evaluation alike.
 
     python sample.py --task countdown                 evaluate on held-out problems
     python sample.py --task countdown --watch         watch one problem being solved
@@ -38,7 +36,6 @@ OPTIONS = {
         "watch": (False, False, "show the canvas filling in, coloured by round"),
         "data": ("", "", "problems: file, d1's dataset folder, dataset id; or else the task's own"),
         "count": (0, 0, "how many problems; 0: all, or 512 generated ones"),
-        "train_split": (False, False, "training problems instead of held-out ones"),
         "out": ("", "", "folder of the results, or else runs/sample-TIME-TASK"),
         "seed": (0, 0, "of all random numbers"),
     },
@@ -55,9 +52,8 @@ def num_transfer_tokens(block_length, rounds):
 def choose(logits, temperature, uniform, mask_id):
     """A token for every position, never [MASK]: at temperature 0 the argmax, else a draw.
 
-    logits (..., V); uniform (...) float64 in [0, 1) -> (...). LLaDA takes the argmax of logits +
-    temperature * Gumbel noise: V random numbers for the distribution that we draw from with one,
-    looked up in the sum of the softmax. float64: else the tail is never drawn (arXiv:2409.02908).
+    logits (..., V); uniform (...) float64 in [0, 1) -> (...). LLaDA's argmax over Gumbel noise has
+    the same distribution, for V random numbers. In float64, or the tail would never be drawn.
     """
     logits = logits.clone()
     logits[..., mask_id] = -torch.inf
@@ -75,9 +71,8 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
     """Fill gen_length masks behind each prompt (LLaDA, algorithm 5 and its generate.py).
 
     prompt (B, P); attn_mask (B, P) bool, False at padding; noise (B, diffusion_steps, block_length)
-    float64 in [0, 1); on_step(x, committed_at): called after every round. Returns ids (B, T), and
-    committed_at (B, T), the round that committed each token, -1 in the prompt. A row is done after
-    a block that holds EOS; the rest of its canvas is EOS.
+    float64 in [0, 1); on_step(x, committed_at) is called after every round. Returns ids (B, T) and
+    the round that committed each token, -1 in the prompt. A row ends with a block that holds EOS.
     """
     (B, P), T = prompt.shape, prompt.shape[1] + gen_length
     x = F.pad(prompt, (0, gen_length), value=mask_id)         # (B, T), the canvas
@@ -115,21 +110,17 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
 
 def check_schedule(gen_length, diffusion_steps, block_length):
     """End the program where the canvas does not divide into blocks, or the rounds by them."""
-    blocks = gen_length // max(1, block_length)
-    if blocks * block_length != gen_length or not blocks:
-        raise SystemExit(f"error: --block_length {block_length} does not divide {gen_length}")
-    valid = list(range(blocks, gen_length + 1, blocks))
-    if diffusion_steps not in valid:
-        raise SystemExit(f"error: --diffusion_steps {diffusion_steps}: choose one of {valid}")
+    lengths = [n for n in range(1, gen_length + 1) if gen_length % n == 0]
+    if block_length not in lengths:
+        raise SystemExit(f"error: --block_length {block_length}: choose one of {lengths}")
+    rounds = list(range(gen_length // block_length, gen_length + 1, gen_length // block_length))
+    if diffusion_steps not in rounds:
+        raise SystemExit(f"error: --diffusion_steps {diffusion_steps}: choose one of {rounds}")
 
 
 def draw_noise(keys, diffusion_steps, block_length):
-    """(B, diffusion_steps, block_length) float64 in [0, 1), each row from a generator of its key.
-
-    So they depend neither on the rows beside it nor on the number of processes.
-    """
-    # half of the numbers are unused: the published runs of this repository drew two a position
-    shape = (diffusion_steps, 2, block_length)
+    """(B, diffusion_steps, block_length) float64 in [0, 1); a row's numbers hang on its key alone."""
+    shape = diffusion_steps, 2, block_length  # half are unused, but runs in docs/ drew them
     draws = [torch.rand(shape, generator=generator(*key), dtype=torch.float64) for key in keys]
     return torch.stack(draws)[:, :, 0]
 
@@ -152,11 +143,10 @@ class Completions:
 
 
 def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generate, **sampling):
-    """One completion of each prompt, in order: the one path for rollouts and for evaluation.
+    """One completion of each prompt: the same for rollouts and for evaluation.
 
-    prompts: lists of token ids; keys: of their noise, see `draw_noise`; sampling: gen_length,
-    diffusion_steps, block_length, temperature, on_step. The result does not depend on
-    rollout_batch, the rows in a forward pass, up to rounding.
+    prompts: lists of token ids; keys: of their noise, see `draw_noise`; rollout_batch: rows in a
+    forward pass; sampling: gen_length, diffusion_steps, block_length, temperature, on_step.
     """
     device = next(model.parameters()).device
     canvases, rounds = [], []
@@ -179,26 +169,22 @@ def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generat
 # ---------------------------------------------------------------- evaluation
 
 def encode_prompts(examples, tokenizer, room, procs):
-    """Set example["ids"], the tokens of its prompt. Returns the examples of at most `room` tokens.
-
-    Longer prompts are counted and reported, never cut.
-    """
+    """Set example["ids"], the tokens of its prompt; skip, never cut, those of more than `room`."""
     for example in examples:
         example["ids"] = tokenizer.encode_prompt(example["prompt"])
     fitting = [example for example in examples if len(example["ids"]) <= room]
     if len(fitting) < len(examples):
-        procs.print(f"skipped {len(examples) - len(fitting)} of {len(examples)} prompts: more than "
-                    f"{room} tokens leave no room for the completion")
+        procs.print(f"{len(examples) - len(fitting)} of {len(examples)} prompts leave no room for "
+                    f"the completion: skipped, they have more than {room} tokens")
     return fitting
 
 
 def evaluate(model, tokenizer, task, examples, procs, seed, *, rollout_batch, **sampling):
-    """Complete every example and score it. Returns ({metric: mean}, rows), on every process.
+    """Complete and score every example. Returns ({metric: mean}, rows), on every process.
 
-    A row holds the example and its index, the completion, the task's scores, effective_tokens
-    (before the first EOS), ended (by EOS), and the rounds in which a token was committed.
+    In a row effective_tokens are those before EOS, rounds those in which a token was committed.
     """
-    # the longest first: like lengths share a batch, and what is too large for memory fails at once
+    # the longest first: like lengths share a batch, and what exceeds the memory fails at once
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"]))
     order = order[procs.rank::procs.world]
     rows, no_bar = [], None if procs.is_main else True
@@ -209,23 +195,20 @@ def evaluate(model, tokenizer, task, examples, procs, seed, *, rollout_batch, **
                             [(seed, "evaluate", i) for i in batch], rollout_batch=rollout_batch,
                             on_step=procs.check_stop, **sampling)
             for i, text, length, rounds in zip(batch, done.texts, done.lengths, done.committed_at):
-                scores = task.score(text, examples[i])
-                rows.append({**examples[i], "index": i, "completion": text, **scores,
-                             "effective_tokens": int(length), "ended": bool(length < len(rounds)),
-                             "rounds": len(rounds.unique())})
+                rows.append({**examples[i], "index": i, "completion": text,
+                             **task.score(text, examples[i]), "effective_tokens": int(length),
+                             "ended": bool(length < len(rounds)), "rounds": len(rounds.unique())})
     rows = sorted(procs.gather(rows), key=lambda row: row["index"])
-    names = [*scores, "effective_tokens", "rounds"]
+    names = [*task.score("", examples[0]), "effective_tokens", "rounds"]
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows
 
 
 # ---------------------------------------------------------------- command line
 
 def set_diffusion_steps(parser, glance):
-    """Let the default number of denoising rounds keep its share of --gen_length."""
-    column = PRESETS.index(glance.preset)
-    length, rounds = SAMPLING["gen_length"][column], SAMPLING["diffusion_steps"][column]
+    """Let the default number of rounds keep its share of --gen_length: half, in data/tiny all."""
     if glance.gen_length:
-        parser.set_defaults(diffusion_steps=max(1, glance.gen_length * rounds // length))
+        parser.set_defaults(diffusion_steps=glance.gen_length // (2 - PRESETS.index(glance.preset)))
 
 
 def sampling_options(args):
@@ -246,9 +229,8 @@ def parse_args(argv=None):
 
 
 def load_problems(task, args, tokenizer, room, procs):
-    """The problems of a task with the tokens of their prompts."""
-    split = "train" if args.train_split else "test"
-    examples = TASKS[task].load(split, data=args.data or None, count=args.count or None)
+    """The held-out problems of a task with the tokens of their prompts."""
+    examples = TASKS[task].load("test", data=args.data or None, count=args.count or None)
     return encode_prompts(examples, tokenizer, room, procs)
 
 
@@ -280,10 +262,7 @@ def answer(model, tokenizer, prompt, args, sampling):
 
 
 def main(args, load=load_problems, generate=generate):
-    """Answer, watch, or evaluate and return the summary.
-
-    load(task, args, tokenizer, room, procs) gives the examples, `generate` fills the canvases.
-    """
+    """Answer, watch or evaluate. load(task, args, tokenizer, room, procs) gives the examples."""
     check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
     if not args.prompt and not args.task:
         raise SystemExit("error: say what to do: --task countdown, or --prompt with a question")
@@ -303,12 +282,11 @@ def main(args, load=load_problems, generate=generate):
         if args.watch:
             return answer(model, tokenizer, examples[0]["prompt"], args, sampling)
         run = Run(time.strftime("sample-%m%d-%H%M%S"), args, procs)
-        metrics, rows = evaluate(model, tokenizer, TASKS[args.task], examples, procs, args.seed,
-                                 **sampling)
+        task = TASKS[args.task]
+        metrics, rows = evaluate(model, tokenizer, task, examples, procs, args.seed, **sampling)
         run.log(f"{args.task}_{args.gen_length}.jsonl", rows)
-        procs.print(f"{metrics['accuracy']:.1%} of {len(rows)} {args.task} problems are right, see "
-                    f"{run.out}")
-        return run.finish({"gen_length": args.gen_length, "problems": len(rows), **metrics})
+        procs.print(f"{metrics['accuracy']:.1%} of {len(rows)} problems are right: {run.out}")
+        return run.finish(gen_length=args.gen_length, problems=len(rows), **metrics)
 
 
 if __name__ == "__main__":

@@ -241,8 +241,9 @@ def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
         procs.print(f"diffu-GRPO on {len(examples)} prompts of {args.task}")
         with run:
             for number in range(run.step, args.steps + 1):
-                if run.evaluation_is_due():
-                    run.log_evaluation(evaluate_policy(run, model, held_out, args, procs, generate))
+                if run.is_due(args.eval_every):
+                    metrics = evaluate_policy(run, model, held_out, args, procs, generate)
+                    run.log("metrics.jsonl", [metrics])
                 if number == args.steps:
                     break
                 row, samples = (step or train_step)(number, model, reference, optimizer,

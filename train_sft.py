@@ -186,10 +186,10 @@ def main(args, weigh=sft_weights):
         procs.print(f"masked SFT on {len(rows)} rows, {len(held_out)} held out")
         with run:
             for step in range(run.step, args.steps + 1):
-                if run.evaluation_is_due():
+                if run.is_due(args.eval_every):
                     loss = held_out_loss(model, held_out, run.tokenizer, args, procs, weigh)
                     procs.print(f"step {step}: loss {loss:.3f} on held-out rows")
-                    run.log_evaluation({"held_out_loss": loss})
+                    run.log("metrics.jsonl", [{"held_out_loss": loss}])
                 if step == args.steps:
                     break
                 row = train_step(step, model, optimizer, rows, run.tokenizer, args, procs, weigh)

@@ -72,6 +72,13 @@ def train(script, out, options="", **methods):
     return script.main(script.parse_args(words.split()), **methods)
 
 
+def write_problems(folder):
+    """A file of six Countdown problems: two steps of four prompts go through it and begin it again."""
+    path = folder / "problems.jsonl"
+    path.write_text("".join(f'{{"input": "{i},2,3", "output": "{i + 5}"}}\n' for i in range(6)))
+    return path
+
+
 def read_rows(path):
     """The rows of a .jsonl file, but for the time."""
     rows = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])  # texts hold other line ends
@@ -92,7 +99,7 @@ def assert_same_log(run, other, tolerance=0.0):
 
 
 def assert_same_run(run, other, tolerance=0.0):
-    """Two runs have the same log and last weights; without a tolerance also the same optimizer and samples, to the bit."""
+    """Two runs have the same log, samples and last weights; without a tolerance also the same optimizer."""
     assert_same_log(run, other, tolerance)
     last, other_last = sorted(run.glob("step_*"))[-1], sorted(other.glob("step_*"))[-1]
     assert last.name == other_last.name

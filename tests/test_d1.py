@@ -1,4 +1,4 @@
-"""d1.py against the reference tensors (golden/README.md), against brute force, and what a masked completion implies."""
+"""d1.py against the reference tensors (golden/README.md), against brute force and loops."""
 import json
 import math
 
@@ -67,7 +67,8 @@ def test_log_probabilities_equal_the_reference(dtype, suffix, tolerance, _, __):
 @pytest.mark.parametrize("dtype, suffix, _, loss_tolerance, gradient_tolerance", PRECISIONS)
 def test_losses_and_gradients_of_rl_equal_the_reference(case, dtype, suffix, _, loss_tolerance, gradient_tolerance):
     data, meta = tensors("grpo/grpo.safetensors"), CASES[case]
-    model, k = LLaDA.from_pretrained(GOLDEN / "llada_mha", dtype=dtype), data["mask_seeds"].tolist().index(meta["mask_seed"])
+    model = LLaDA.from_pretrained(GOLDEN / "llada_mha", dtype=dtype)
+    k = data["mask_seeds"].tolist().index(meta["mask_seed"])
     completions = data["completion_ids"][:, None]  # (N, G, L) with a mask for each completion: N = 6, G = 1
     logps = one_step_logps(model, data["prompt_ids"], data["is_mask_prompt"][k], completions, MASK_ID)
     old, ref = (data[f"cfg0.{name}_logps"][k].view_as(logps).to(dtype) for name in ("old", "ref"))
@@ -94,7 +95,8 @@ def test_losses_and_gradients_of_rl_equal_the_reference(case, dtype, suffix, _, 
 
 @pytest.mark.parametrize("variant", ["d1", "pretrain"])
 @pytest.mark.parametrize("dtype, suffix, _, loss_tolerance, gradient_tolerance", PRECISIONS)
-def test_losses_and_gradients_of_sft_equal_the_reference(variant, dtype, suffix, _, loss_tolerance, gradient_tolerance):
+def test_losses_and_gradients_of_sft_equal_the_reference(
+        variant, dtype, suffix, _, loss_tolerance, gradient_tolerance):
     data, model = tensors("sft/sft.safetensors"), LLaDA.from_pretrained(GOLDEN / "llada_mha", dtype=dtype)
     ids, noised = data["input_ids"], data[f"{variant}.noisy_ids"]  # (3, 40)
     masked = noised != ids
@@ -115,7 +117,8 @@ def test_tokens_are_masked_independently_at_their_rate():
     before, t = ids.clone(), torch.tensor([0.0, 0.25, 0.9, 1.0])
     maskable = torch.arange(20_000) >= torch.tensor([0, 100, 5000, 7])[:, None]
     noised, masked = forward_process(ids, t, maskable, -1, generator(0))
-    assert torch.equal(noised == -1, masked) and torch.equal(noised[~masked], ids[~masked]) and torch.equal(ids, before)
+    assert torch.equal(noised == -1, masked) and torch.equal(noised[~masked], ids[~masked])
+    assert torch.equal(ids, before)
     assert not masked[~maskable].any() and not masked[0].any() and torch.equal(masked[3], maskable[3])
     for row in (1, 2):
         count, rate = int(maskable[row].sum()), float(t[row])
@@ -174,7 +177,8 @@ def test_one_row_scores_all_completions_as_a_row_for_each_does(fresh):
 
     grouped = (completions, *drift, advantages, mask)
     shared = run(prompt, masked, *grouped)
-    each = run(prompt.repeat_interleave(G, 0), masked.repeat_interleave(G, 0), *[x.flatten(0, 1)[:, None] for x in grouped])
+    rows = [x.flatten(0, 1)[:, None] for x in grouped]  # G = 1
+    each = run(prompt.repeat_interleave(G, 0), masked.repeat_interleave(G, 0), *rows)
     assert all(worst(one, other) < 1e-12 for one, other in zip(shared, each))
     assert max(float(grad.abs().max()) for grad in shared[3:]) > 1e-2
 

@@ -9,18 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, assert_same_run, read_rows, read_tensors, run_script, train, worst
+from helpers import ROOT, assert_same_run, read_rows, read_tensors, run_script, train, worst, write_problems
 from safetensors.torch import load_file, save_file
 
 import train_grpo
 import train_sft
-from model import Config, full_tensor
+from model import gather_tensors
 from parallel import Processes, Stopped, clip_and_step, gathered, processes
-from run import load_model
+from run import Run
 
 ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
 RUNS = {  # two steps, of which both are saved; 5 held-out problems: processes have unequally many
@@ -36,37 +35,39 @@ def folder_of(name, out):
     return Path(out) / name.replace(" ", "_")
 
 
-def run(name, out, more=""):
+def run(name, out, problems, more=""):
     script, options = RUNS[name]
+    if script is train_grpo:
+        options += f" --data {problems}"
     train(script, folder_of(name, out), f"{options} {more}")
 
 
 # ---------------------------------------------------------------- on all processes of a launch
 
-def worker(out, replicas, resumed=""):
+def worker(out, problems, replicas, resumed=""):
     """All that is run on several processes. resumed: a folder of runs that one process saved."""
-    with processes("cpu", timeout=120) as procs:
+    args = train_sft.parse_args("--device cpu --timeout 120".split())
+    with processes(args) as procs:
         work_unequally(procs, out, int(replicas))
         stop_together(procs)
         for script in (train_grpo, train_sft):  # one group of processes for all runs
             script.processes = lambda *_: contextlib.nullcontext(procs)
         for name in RUNS if resumed else HYBRID:
-            run(name, out, f"--replicas {replicas}")
+            run(name, out, problems, f"--replicas {replicas}")
             if resumed:
-                run(name, resumed, "--resume")
-        stop_where_one_process_has_no_finite_loss(procs, out)
+                run(name, resumed, problems, "--resume")
+        stop_where_one_process_has_no_finite_loss(procs, out, problems)
 
 
 def work_unequally(procs, out, replicas):
     """Inside `gathered` a process makes as many forward passes as it likes; then training goes on."""
-    config, args = Config.from_folder(ROOT / "data" / "tiny"), SimpleNamespace(
-        replicas=replicas, compile=False, checkpoint_activations=False, lora_r=0)
-    model, ids = load_model(ROOT / "data" / "tiny", config, args, procs), torch.arange(40).view(2, 20)
+    args = train_sft.parse_args(f"--device cpu --replicas {replicas} --out {out}/unequal".split())
+    model, ids = Run("train_sft", args, procs).load_model(), torch.arange(40).view(2, 20)
     with torch.no_grad(), gathered(model):
         inside = [model(ids[:, :20 - i]) for i in range(1 + 2 * procs.rank)][0]
     model(ids, targets=ids).mean().backward()
     assert procs.world == 1 or all(hasattr(p, "full_tensor") for p in model.parameters())  # sharded again
-    grads = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
+    grads = gather_tensors({name: p.grad for name, p in model.named_parameters()})
     if procs.is_main:
         save_file({"inside": inside, **grads}, Path(out) / "unequal.safetensors")
 
@@ -79,12 +80,12 @@ def stop_together(procs):
     procs.stop_wanted = False
 
 
-def stop_where_one_process_has_no_finite_loss(procs, out):
+def stop_where_one_process_has_no_finite_loss(procs, out, problems):
     def objective(logps, *_):
         return logps.sum() * (float("nan") if procs.rank == procs.world - 1 else 1), {}
     with pytest.raises(SystemExit, match="gradient norm.*nan"):
-        train(train_grpo, Path(out) / "stopped", "--steps 1", objective=objective)
-    assert not list((Path(out) / "stopped").glob("step_*"))
+        train(train_grpo, Path(out, "stopped"), f"--steps 1 --data {problems}", objective=objective)
+    assert not list(Path(out, "stopped").glob("step_*"))
 
 
 # ---------------------------------------------------------------- fixtures: a launch each
@@ -94,7 +95,7 @@ def one(tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     work_unequally(ALONE, out, 1)
     for name in RUNS:
-        run(name, out)
+        run(name, out, write_problems(out))
     return out
 
 
@@ -111,17 +112,18 @@ def without_the_last_step(runs, to):
 def two(one, tmp_path_factory):
     """Two processes, which also go on with the runs of one."""
     out = tmp_path_factory.mktemp("two")
-    done = run_script(__file__, out, 1, without_the_last_step(one, out / "resumed"), processes=2, PYTHONPATH=str(ROOT))
+    resumed = without_the_last_step(one, out / "resumed")
+    done = run_script(__file__, out, one / "problems.jsonl", 1, resumed, processes=2, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("diffu-GRPO on countdown") == 5  # the main process prints, the other does not
     return out
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
+def four(one, tmp_path_factory):
     """Four processes with two copies of the model (HSDP)."""
     out = tmp_path_factory.mktemp("four")
-    done = run_script(__file__, out, 2, processes=4, PYTHONPATH=str(ROOT))
+    done = run_script(__file__, out, one / "problems.jsonl", 2, processes=4, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -139,7 +141,7 @@ def test_many_processes_give_the_run_of_one(one, many, name, request):
 def test_what_one_process_saved_two_resume_and_the_other_way(one, two, name, tmp_path, capsys):
     assert_same_run(folder_of(name, one), folder_of(name, two / "resumed"), 1e-5)
     resumed = without_the_last_step(two, tmp_path)
-    run(name, resumed, "--resume")
+    run(name, resumed, one / "problems.jsonl", "--resume")
     assert "step_000001" in capsys.readouterr().out
     assert_same_run(folder_of(name, one), folder_of(name, resumed), 1e-5)
 
@@ -161,8 +163,9 @@ def test_processes_sample_freely_and_then_train_as_one(one, many, request):
 
 @pytest.mark.slow
 def test_a_process_that_fails_or_hangs_ends_the_job(tmp_path):
-    script = ("import sys, time\nsys.path.insert(0, {root!r})\nfrom parallel import processes\n"
-              "with processes('cpu', timeout=5) as procs:\n    if procs.rank == 1:\n        {deed}\n    procs.sum(1)\n")
+    script = ("import sys, time\nsys.path.insert(0, {root!r})\nfrom parallel import processes\nimport train_sft\n"
+              "with processes(train_sft.parse_args(['--device', 'cpu', '--timeout', '5'])) as procs:\n"
+              "    if procs.rank == 1:\n        {deed}\n    procs.sum(1)\n")
     jobs, started = {}, time.monotonic()
     for words, deed in (("the first cause", "raise ValueError('the first cause')"), ("imed out", "time.sleep(300)")):
         path = tmp_path / f"{len(jobs)}.py"

@@ -4,18 +4,17 @@ import os
 import random
 import re
 import time
-from pathlib import Path
 
 import pytest
 
-from data import TASKS, countdown, gsm8k
+from data import TASKS
 from data.format import MAX_TEXT, write_completion
 from tools import regrade
 from tools.published import (END, GRADERS, find_expression, find_grid, find_in_paper, find_number, make_example,
                              write_prompt)
 
 FOLDER = os.environ.get("D1_GENERATIONS", "")  # the authors' *_generations.json
-needs_generations = pytest.mark.skipif(not FOLDER, reason="D1_GENERATIONS names no folder with the authors' generations")
+needs_generations = pytest.mark.skipif(not FOLDER, reason="D1_GENERATIONS names no folder of the authors' generations")
 SUDOKU = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
 EXAMPLES = {"countdown": {"numbers": [3, 7, 12], "target": 22}, "sudoku": SUDOKU, "gsm8k": {"answer": "18"},
             "math500": {"answer": r"\frac{1}{2}"}}
@@ -148,9 +147,6 @@ def test_generations_that_cannot_be_graded_are_named(tmp_path, name, content, wo
     path.write_text(content)
     with pytest.raises(SystemExit, match=rf"^error: {tmp_path}[^\n]*{words}[^\n]*$"):
         regrade.main([str(tmp_path if name == "readme.txt" else path)])
-
-
-def test_paths_that_do_not_exist_are_named():
     with pytest.raises(SystemExit, match="^error: nowhere: no such file or folder$"):
         regrade.main(["nowhere"])
 
@@ -158,8 +154,8 @@ def test_paths_that_do_not_exist_are_named():
 # ---------------------------------------------------------------- verdicts
 
 @pytest.mark.parametrize("text, right", [
-    (r"\boxed{1,000} \boxed{18}", 0), (r"\boxed{...} \boxed{18 eggs}", 1), ("<answer>7 + 11 = 18</answer>", 1), ("18", 0),
-    (r"\boxed{} <answer>18</answer>", 1), ("\\boxed{a\n18}", 0)])
+    (r"\boxed{1,000} \boxed{18}", 0), (r"\boxed{...} \boxed{18 eggs}", 1), ("<answer>7 + 11 = 18</answer>", 1),
+    ("18", 0), (r"\boxed{} <answer>18</answer>", 1), ("\\boxed{a\n18}", 0)])
 def test_gsm8k_takes_the_first_readable_box(text, right):
     assert GRADERS["gsm8k"](text, EXAMPLES["gsm8k"])["published"] == right
 
@@ -178,27 +174,27 @@ def test_countdown_reads_expressions_as_python(text, published, exact):
     assert GRADERS["countdown"](text, EXAMPLES["countdown"]) == {"published": published, "of": 1, "exact": exact}
 
 
-@pytest.mark.parametrize("expression, numbers, target", [
-    ("2**3", [2, 3], 8), ("7//2", [2, 7], 3), ("3.5*2", [3, 5, 2], 7)])
-def test_countdown_knows_more_operators_than_exact_arithmetic(expression, numbers, target):
-    verdict = GRADERS["countdown"](f"\\boxed{{{expression}}}", {"numbers": numbers, "target": target})
-    assert (verdict["published"], verdict["exact"]) == (1, 0)
+def test_countdown_knows_more_operators_than_exact_arithmetic():
+    for expression, numbers, target in (("2**3", [2, 3], 8), ("7//2", [2, 7], 3), ("3.5*2", [3, 5, 2], 7)):
+        verdict = GRADERS["countdown"](f"\\boxed{{{expression}}}", {"numbers": numbers, "target": target})
+        assert (verdict["published"], verdict["exact"]) == (1, 0)
 
 
 @pytest.mark.parametrize("text, right, exact, valid", [
     ("<answer>\n3142 2431\n4213 1324<|eot_id|>", 8, 1, 1), ("<answer>see ```3142243142131324```</answer>", 8, 1, 1),
     ("</answer> 3142243142131324<|endoftext|>", 8, 1, 1), ("<answer>31422431</answer>", 4, 0, 0),
-    ("<answer>31422431421313244</answer>", 8, 0, 0), ("<answer>", 0, 0, 0), ("<answer>3142243142131321</answer>", 7, 0, 1)])
+    ("<answer>31422431421313244</answer>", 8, 0, 0), ("<answer>", 0, 0, 0),
+    ("<answer>3142243142131321</answer>", 7, 0, 1)])
 def test_sudoku_pads_or_cuts_and_counts_cells(text, right, exact, valid):
     assert GRADERS["sudoku"](text, SUDOKU) == {"published": right, "of": 8, "exact": exact, "valid": valid}
 
 
 @pytest.mark.parametrize("task", GRADERS)
 def test_graders_are_total_and_bounded(task):
-    for text in ["9**9**9**9", "(" * 10_000, "\\boxed{" * 20_000, "\\boxed{" + "{" * 10**5, "<answer>" * 20_000, "1" * 10**6,
-                 "<answer>" + "1" * 10**6 + "</answer>", "```" + "1 " * 400_000, "<answer>```" + " " * 500_000, "\ud800",
-                 "1" * 16 + " " * 900_000, "\\boxed{" + "\\frac" * 20_000 + "}", "\\boxed " * 20_000, "1 + " * 250_000 + "=",
-                 "\\boxed{\n" * 10**5, "\0", "３" * 1000, "=1" * 300_000]:
+    for text in ["9**9**9**9", "(" * 10_000, "\\boxed{" * 20_000, "\\boxed{" + "{" * 10**5, "<answer>" * 20_000,
+                 "1" * 10**6, "<answer>" + "1" * 10**6 + "</answer>", "```" + "1 " * 400_000, "\\boxed{\n" * 10**5,
+                 "<answer>```" + " " * 500_000, "1" * 16 + " " * 900_000, "\\boxed{" + "\\frac" * 20_000 + "}",
+                 "\\boxed " * 20_000, "1 + " * 250_000 + "=", "\ud800", "\0", "３" * 1000, "=1" * 300_000]:
         started = time.process_time()
         verdict = GRADERS[task](text, EXAMPLES[task])
         assert time.process_time() - started < 0.1, text[:40]
@@ -212,7 +208,7 @@ def test_a_model_is_evaluated_with_their_kind_of_prompt(tmp_path, capsys):
     result = regrade.main([*words.split(), "--out", str(tmp_path / "run")])
     rows = [json.loads(line) for line in (tmp_path / "run" / "countdown_16.jsonl").read_text().splitlines()]
     assert len(rows) == result["problems"] == 3 and "published" in capsys.readouterr().out
-    assert all(row["prefill"] == "<reasoning>" and "\\boxed{...}" in row["prompt"] and "ids" not in row for row in rows)
+    assert all(row["prefill"] == "<reasoning>" and "\\boxed{...}" in row["prompt"] for row in rows)
     [(_, _, graded)] = regrade.find_generations([tmp_path / "run"]).values()
     assert all(row["text"].startswith("<reasoning>") for row in graded)
     with pytest.raises(SystemExit, match="^error: --published_prompts evaluates a --task"):
@@ -221,7 +217,7 @@ def test_a_model_is_evaluated_with_their_kind_of_prompt(tmp_path, capsys):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_our_files_are_graded_with_what_the_prompt_began(tmp_path, task):
-    text = write_completion("x", rf"\boxed{{{RIGHT[task]}}}")
+    text = write_completion("x", RIGHT[task])
     row = {**EXAMPLES[task], "prefill": text[:11], "completion": text[11:], "ended": True, "effective_tokens": 9}
     (tmp_path / f"{task}_32.jsonl").write_text(json.dumps(row) + "\n")
     [(name, result)] = regrade.main([str(tmp_path)]).items()
@@ -229,13 +225,12 @@ def test_our_files_are_graded_with_what_the_prompt_began(tmp_path, task):
 
 
 def test_prompts_and_examples_have_what_they_are_made_of():
-    for task, example in (("countdown", countdown.load("test", count=1)[0]), ("sudoku", SUDOKU), ("gsm8k", {"question": "q"})):
-        last = write_prompt(task, example).rpartition("\n\n")[2]
-        assert last == {"countdown": f"Numbers: {example.get('numbers')}\nTarget: {example.get('target')}",
-                        "sudoku": f"Puzzle: {SUDOKU['puzzle']}", "gsm8k": "q"}[task]
-    assert make_example("countdown", "q", [[3.0, 7.0], 10.0]) == {"numbers": [3, 7], "target": 10}
+    assert write_prompt("countdown", EXAMPLES["countdown"]).endswith("\n\nNumbers: [3, 7, 12]\nTarget: 22")
+    assert write_prompt("sudoku", SUDOKU).endswith(f"\n\nPuzzle: {SUDOKU['puzzle']}")
+    assert write_prompt("gsm8k", {"question": "q"}).endswith("\n\nq")
+    assert make_example("countdown", "q", [[3.0, 7.0, 12.0], 22.0]) == EXAMPLES["countdown"]
     assert make_example("sudoku", f"Solve {SUDOKU['puzzle']}.", SUDOKU["solution"]) == SUDOKU
-    assert gsm8k.is_right("18", make_example("gsm8k", "q", 18.0)) and make_example("gsm8k", "q", None)["answer"] is None
+    assert [make_example("gsm8k", "q", truth)["answer"] for truth in (18.0, None)] == ["18", None]
 
 
 def test_the_papers_rows_stand_below_ours(capsys):

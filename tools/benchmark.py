@@ -20,7 +20,7 @@ import functools
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -40,6 +40,7 @@ from parallel import Processes  # noqa: E402
 from sample import draw_noise, generate, pad_left  # noqa: E402
 from tools import transcription  # noqa: E402
 from tools.measure import by_turns, count_flops, peak_flops, peak_memory, print_table  # noqa: E402
+from train_sft import init_weights  # noqa: E402
 from variants import fast_dllm  # noqa: E402
 
 NO_TOKEN = -1  # as eos_id: no row ever leaves
@@ -64,10 +65,13 @@ class Case:
 
 def build_model(device, dtype, **changes):
     """The embedded model's network with other sizes and random weights."""
-    config = replace(Config.from_folder(TINY), **changes)
+    config = Config.from_folder(TINY)
+    vars(config).update(changes)
+    config.head_dim = config.d_model // config.n_heads
     with torch.device("meta"):
         model = LLaDA(config).to(dtype)
-    return model.to_empty(device=device).init_weights(generator("benchmark")).eval()
+    init_weights(model.to_empty(device=device), generator("benchmark"))
+    return model.eval()
 
 
 def sampler(model, prompt, attn_mask, temperature, eos_id=NO_TOKEN, **schedule):

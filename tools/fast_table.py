@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from data import TASKS  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import TINY, LLaDA  # noqa: E402
-from parallel import processes  # noqa: E402
+from parallel import Processes  # noqa: E402
 from sample import encode_prompts, evaluate  # noqa: E402
 from tools.measure import count_flops, print_table  # noqa: E402
 from variants import fast_dllm  # noqa: E402
@@ -73,22 +74,22 @@ def parse_args(argv=None):
     parser.add_argument("--train_split", action="store_true", help="training problems instead of held-out ones")
     parser.add_argument("--count", type=int, default=512, help="problems")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--device")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
 def main(args):
     """Print a table for every task and temperature, and return all rows."""
+    procs = Processes(0, 1, torch.device(args.device), torch.float32)
+    model = LLaDA.from_pretrained(TINY, procs.device).eval()
+    tokenizer = Tokenizer.from_folder(TINY, model.config)
     all_rows = []
-    with processes(args.device) as procs:
-        model = LLaDA.from_pretrained(TINY, procs.device).eval()
-        tokenizer = Tokenizer.from_folder(TINY, model.config)
-        for task, temperature in itertools.product(args.task, args.temperature):
-            rows = measure_all(model, tokenizer, task, temperature, args, procs)
-            print_table([{**{name: str(value) for name, value in row.items()}, "accuracy": f"{row['accuracy']:.1%}",
-                          **{name: f"{row[name]:.2f}" for name in ("rounds", "GFLOP", "gain")},
-                          "tokens_per_second": f"{row['tokens_per_second']:.0f}"} for row in rows])
-            all_rows += rows
+    for task, temperature in itertools.product(args.task, args.temperature):
+        rows = measure_all(model, tokenizer, task, temperature, args, procs)
+        print_table([{**{name: str(value) for name, value in row.items()}, "accuracy": f"{row['accuracy']:.1%}",
+                      **{name: f"{row[name]:.2f}" for name in ("rounds", "GFLOP", "gain")},
+                      "tokens_per_second": f"{row['tokens_per_second']:.0f}"} for row in rows])
+        all_rows += rows
     if args.json:
         results = {"command": shlex.join(["python", "tools/fast_table.py", *sys.argv[1:]]), "rows": all_rows}
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n")

@@ -63,9 +63,14 @@ def make_tokenizer(folder):
 
 def make_model(out, folder, options):
     """Teach a new model the skill, then hide the skill among habits."""
-    for name, words, model in (("skill", SKILL, folder), ("mixed", HABITS, out / "skill")):
-        argv = [*words.split(), "--model", str(model), "--out", str(out / name), *options]
-        train_sft.main(train_sft.parse_args(argv))
+    run_sft(SKILL, folder, out / "skill", options)
+    [checkpoint] = (out / "skill").glob("step_*")
+    run_sft(HABITS, checkpoint, out / "mixed", options)
+
+
+def run_sft(words, model, out, options):
+    argv = [*words.split(), "--save_every", "0", "--model", str(model), "--out", str(out), *options]
+    train_sft.main(train_sft.parse_args(argv))
 
 
 def main(argv):
