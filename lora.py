@@ -49,8 +49,7 @@ def add_lora(model, r, alpha, targets):
     """Freeze the model, and put an adapter without values on the matrices `targets` of a block."""
     unknown = set(targets) - set(LORA_TARGETS)
     if unknown or not targets:
-        raise SystemExit(f"error: --lora_targets {' '.join(targets)}: choose some of "
-                         f"{' '.join(LORA_TARGETS)}")
+        raise SystemExit(f"error: --lora_targets {targets}: choose some of {LORA_TARGETS}")
     model.requires_grad_(False)
     for block in model.blocks:
         for target in targets:
@@ -92,12 +91,10 @@ def save_adapter(model, folder, base, is_writer=True):
     modules = lora_modules(model)
     first = next(iter(modules.values()))
     targets = sorted({name.rpartition(".")[2] for name in modules})
-    config = {
-        "peft_type": "LORA", "base_model_name_or_path": base, "r": first.r,
-        "lora_alpha": first.alpha, "lora_dropout": 0.0, "bias": "none", "task_type": None,
-        "fan_in_fan_out": False, "inference_mode": True,
-        # a pattern: the LM head is called ff_out too, and PEFT would adapt it
-        "target_modules": rf".*\.blocks\.\d+\.({'|'.join(targets)})"}
+    # the targets as a pattern: the LM head is called ff_out too, and PEFT would adapt it
+    pattern = rf".*\.blocks\.\d+\.({'|'.join(targets)})"
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": first.r, "bias": "none",
+              "lora_alpha": first.alpha, "target_modules": pattern, "inference_mode": True}
     tensors = gather_tensors(adapter_parameters(model), is_writer)
     if is_writer:
         Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -109,8 +109,8 @@ def processes(args):
     if world > 1:
         dist.init_process_group(timeout=timedelta(seconds=args.timeout))  # gloo, on GPUs also NCCL
     procs = Processes(rank, world, device, getattr(torch, dtype))
-    signals = signal.SIGTERM, signal.SIGINT
-    handlers = [signal.signal(number, procs.note_signal) for number in signals]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, procs.note_signal)
     try:
         yield procs
     except Stopped:
@@ -120,8 +120,8 @@ def processes(args):
                        "--checkpoint_activations, more processes. tools/plan.py tells what fits.")
         raise
     finally:
-        for number, handler in zip(signals, handlers):
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if dist.is_initialized():  # not after an error: NCCL would wait here for the others
         dist.destroy_process_group()
 

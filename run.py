@@ -169,12 +169,11 @@ class Run:
         if self.procs.is_main:
             now = {"step": self.step, "minutes": self.minutes}
             with open(self.out / file, "a", encoding="utf-8") as lines:
-                for row in rows:
-                    lines.write(json.dumps(now | row, ensure_ascii=False) + "\n")
+                lines.write(json_lines([now | row for row in rows]))
 
     def finish(self, **results):
         """Write summary.json: results, and the held-out metrics before and after training."""
-        rows = cut_log(self.out / "metrics.jsonl", self.step) if self.procs.is_main else []
+        rows = read_log(self.out / "metrics.jsonl") if self.procs.is_main else []
         held_out = [row for row in self.procs.gather(rows) if "loss" not in row]
         for when, row in zip(("before", "after"), held_out[:1] + held_out[-1:]):
             results |= {f"{name[9:]}_{when}": row[name] for name in row if "held_out_" in name}
@@ -268,15 +267,24 @@ def finish_checkpoint(unfinished, folder):
     sync(folder.parent)
 
 
-def cut_log(path, step):
-    """Drop the rows of a log behind `step`, and a torn last line. Returns the other rows."""
-    # bytes: the tear may go through a character, and texts hold other line ends
+def read_log(path):
+    """The rows of a log, without a last line that was torn, perhaps within a character."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    lines = [line + b"\n" for line in lines if json.loads(line)["step"] <= step]
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(b"".join(lines))
-    unfinished.replace(path)
     return [json.loads(line) for line in lines]
+
+
+def cut_log(path, step):
+    """Drop what a run that resumes at `step` logs again: later steps, its evaluation at `step`."""
+    # the row of a step k tells how step k - 1, counted from 0, was taken
+    rows = [row for row in read_log(path) if row["step"] - ("loss" in row or "reward" in row) < step]
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json_lines(rows), encoding="utf-8")
+    unfinished.replace(path)
+    return rows
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def lock(file):

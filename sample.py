@@ -174,8 +174,9 @@ def encode_prompts(examples, tokenizer, room, procs):
         example["ids"] = tokenizer.encode_prompt(example["prompt"])
     fitting = [example for example in examples if len(example["ids"]) <= room]
     if len(fitting) < len(examples):
-        procs.print(f"{len(examples) - len(fitting)} of {len(examples)} prompts leave no room for "
-                    f"the completion: skipped, they have more than {room} tokens")
+        procs.print(f"skipped {len(examples) - len(fitting)} prompts of more than {room} tokens")
+    if not fitting:
+        raise SystemExit(f"error: no prompt has at most {room} tokens: --gen_length leaves no room")
     return fitting
 
 
@@ -277,8 +278,6 @@ def main(args, load=load_problems, generate=generate):
             return answer(model, tokenizer, args.prompt, args, sampling)
         room = model.config.max_sequence_length - args.gen_length
         examples = load(args.task, args, tokenizer, room, procs)
-        if not examples:
-            raise SystemExit(f"error: --task {args.task}: no problem leaves room for a completion")
         if args.watch:
             return answer(model, tokenizer, examples[0]["prompt"], args, sampling)
         run = Run(time.strftime("sample-%m%d-%H%M%S"), args, procs)

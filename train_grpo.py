@@ -200,9 +200,9 @@ def load_prompts(run, args, procs):
     task, room = TASKS[args.task], run.config.max_sequence_length - args.gen_length
     examples = task.load("train", data=args.data or None, seed=args.seed)
     examples = encode_prompts(examples, run.tokenizer, room, procs)
-    if len(examples) < args.prompts_per_step:
-        raise SystemExit(f"error: {len(examples)} usable prompts do not fill --prompts_per_step")
     source = args.eval_data or ("" if Path(args.data).is_file() else args.data)
+    if not args.eval_count:
+        return examples, []
     held_out = task.load("test", data=source or None, count=args.eval_count)
     return examples, encode_prompts(held_out, run.tokenizer, room, procs)
 
@@ -210,7 +210,7 @@ def load_prompts(run, args, procs):
 def evaluate_policy(run, model, held_out, args, procs, generate):
     """Metrics on held-out problems at the rollout temperature, and the greedy accuracy."""
     metrics = {}
-    for temperature in (args.temperature, 0.0) if held_out else ():
+    for temperature in (args.temperature, 0.0):
         sampling = sampling_options(args) | {"temperature": temperature, "generate": generate}
         with gathered(model):
             means, _ = evaluate(model, run.tokenizer, TASKS[args.task], held_out, procs, args.seed,
@@ -241,7 +241,7 @@ def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
         procs.print(f"diffu-GRPO on {len(examples)} prompts of {args.task}")
         with run:
             for number in range(run.step, args.steps + 1):
-                if run.is_due(args.eval_every):
+                if held_out and run.is_due(args.eval_every):
                     metrics = evaluate_policy(run, model, held_out, args, procs, generate)
                     run.log("metrics.jsonl", [metrics])
                 if number == args.steps:

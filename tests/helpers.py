@@ -109,4 +109,4 @@ def assert_same_run(run, other, tolerance=0.0):
     assert tensors.keys() == others.keys() and tensors
     assert max(worst(tensors[name], others[name]) for name in tensors) <= tolerance
     if (run / "samples.jsonl").exists():
-        assert (run / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+        assert read_rows(run / "samples.jsonl") == read_rows(other / "samples.jsonl")

@@ -16,7 +16,8 @@ from model import LLaDA
 from parallel import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
-QUICK = "--steps 1 --prompts_per_step 2 --group_size 2 --gen_length 16 --diffusion_steps 4"  # where rewards do not matter
+# where rewards do not matter
+QUICK = "--steps 1 --prompts_per_step 2 --group_size 2 --gen_length 16 --diffusion_steps 4"
 REFERENCE = json.loads((GOLDEN / "run_seed_5.json").read_text())
 
 
@@ -61,7 +62,8 @@ def test_the_same_options_give_the_same_run_in_whatever_parts_it_is_computed(run
 def test_compiled_blocks_change_nothing(tmp_path, monkeypatch):
     """Through the whole of torch.compile but the C++ it would write, which takes minutes."""
     compiled, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **words: compiled.append(f) or compile(f, backend="aot_eager", **words))
+    monkeypatch.setattr(torch, "compile", lambda f, **words:
+                        compiled.append(f) or compile(f, backend="aot_eager", **words))
     train(train_grpo, tmp_path / "plain", "--steps 1 --checkpoint_activations")
     assert not compiled
     train(train_grpo, tmp_path / "compiled", "--steps 1 --checkpoint_activations --compile")
@@ -92,8 +94,9 @@ def test_a_step_makes_of_completions_and_masks_what_the_plain_algorithm_makes(mo
     examples = countdown.load("train", count=4)
     for i, example in enumerate(examples):
         example["ids"] = tokenizer.encode_prompt(example["prompt"])[i:]
-    args = train_grpo.parse_args("--task countdown --prompts_per_step 3 --group_size 2 --num_iterations 2 --microbatch 2 "
-                                 "--gen_length 8 --diffusion_steps 8 --rollout_batch 6 --temperature 3".split())
+    words = ("--task countdown --prompts_per_step 3 --group_size 2 --num_iterations 2 --microbatch 2 --gen_length 8 "
+             "--diffusion_steps 8 --rollout_batch 6 --temperature 3")
+    args = train_grpo.parse_args(words.split())
 
     def keep_masks(*arguments):
         return seen.setdefault("masks", train_grpo.draw_prompt_masks(*arguments))  # (mu, N, P)
@@ -101,7 +104,8 @@ def test_a_step_makes_of_completions_and_masks_what_the_plain_algorithm_makes(mo
     def reference():
         return contextlib.nullcontext(models[2])
 
-    row, _ = train_grpo.train_step(0, models[0], reference, optimizers[0], tokenizer, examples, args, ALONE, draw=keep_masks)
+    row, _ = train_grpo.train_step(0, models[0], reference, optimizers[0], tokenizer, examples, args, ALONE,
+                                   draw=keep_masks)
     completions = seen["complete"].ids  # (N * G, L)
     rewards = torch.tensor([sum(reward(text, None).values()) for text in seen["complete"].texts]).view(3, 2)
     batch = [examples[i]["ids"] for i in train_grpo.draw_indices(4, 0, 3, args.seed) for _ in range(2)]
@@ -127,12 +131,13 @@ def test_a_run_leaves_the_documented_folder(run):
     assert all(written[name] is not None for name in names.split())
     assert {name: value for name, value in written.items() if name in summary} == summary
     config = json.loads((out / "config.json").read_text())
-    assert config["options"]["lr"] == 5e-5 and config["versions"]["torch"] == torch.__version__
+    assert config["options"]["lr"] == 5e-5 and config["torch"] == torch.__version__
     rows = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
-    names = "reward reward_exact reward_closed accuracy completion_length zero_spread_fraction loss clip_fraction kl grad_norm"
+    names = ("reward reward_exact reward_closed accuracy completion_length zero_spread_fraction loss clip_fraction kl "
+             "grad_norm")
     assert all(name in row for row in rows[1:3] for name in names.split())
-    assert all("held_out_sampled_accuracy" in row and "held_out_greedy_accuracy" in row for row in (rows[0], rows[3]))
+    assert all({"held_out_accuracy", "held_out_greedy"} <= row.keys() for row in (rows[0], rows[3]))
     assert [row["step"] for row in read_rows(out / "samples.jsonl")] == [1] * 4 + [2] * 4  # the group of a prompt
     model = LLaDA.from_pretrained(out / "step_000002")  # a checkpoint is a model folder like any other
     Tokenizer.from_folder(out / "step_000002", model.config)
@@ -202,8 +207,9 @@ def test_every_method_can_be_replaced(tmp_path):
 
 
 def test_without_beta_there_is_no_reference(tmp_path, monkeypatch):
-    loaded, load_model = [], train_grpo.load_model
-    monkeypatch.setattr(train_grpo, "load_model", lambda *args, **words: loaded.append(words) or load_model(*args, **words))
+    loaded, load_model = [], train_grpo.Run.load_model
+    monkeypatch.setattr(train_grpo.Run, "load_model", lambda run, **words:
+                        loaded.append(words) or load_model(run, **words))
     train(train_grpo, tmp_path / "run", f"{QUICK} --beta 0")
     assert loaded == [{}] and all("kl" not in row for row in read_rows(tmp_path / "run" / "metrics.jsonl"))
 
@@ -215,7 +221,8 @@ def test_equal_rewards_teach_nothing(tmp_path, monkeypatch):
     train(train_grpo, tmp_path / "run", f"{QUICK} --beta 0 --weight_decay 0")
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert all(row["loss"] == 0 and row["zero_spread_fraction"] == 1 and row["reward_same"] == 0.5 for row in rows)
-    before, after = (LLaDA.from_pretrained(path).state_dict() for path in (tmp_path / "run" / "step_000002"))
+    folders = "data/tiny", tmp_path / "run" / "step_000001"
+    before, after = (LLaDA.from_pretrained(folder).state_dict() for folder in folders)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -246,7 +253,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
 # ---------------------------------------------------------------- options
 
 @pytest.mark.parametrize("options, message", [
-    ("--gen_length 30", "--block_length 8 does not divide --gen_length 30"),
+    ("--gen_length 30", "--block_length 8"),
     ("--diffusion_steps 5", "--diffusion_steps 5"),
     ("--temperature 0", "--temperature 0"),
     ("--group_size 1", "--group_size 1"),
@@ -255,9 +262,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     ("--lr nan", "--lr"),
     ("--model nowhere", "--model nowhere: no such folder"),
     ("--data absent.jsonl", "--data absent.jsonl"),
-    ("--gen_length 504 --diffusion_steps 63", "0 usable prompts are fewer than --prompts_per_step"),
+    ("--gen_length 504 --diffusion_steps 63", "0 usable prompts"),
     ("--lora_r 4 --lora_targets o_proj", "--lora_targets o_proj"),
-    ("--replicas 2", "--replicas 2"),
 ])
 def test_bad_options_are_one_line(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -271,8 +277,8 @@ def options_of(words, script=train_grpo):
 
 
 def test_presets_follow_the_model_and_the_task(run):
-    tiny, trained_from_it, large = (options_of(f"--task countdown {words}") for words in (
-        "", f"--model {run[0] / 'step_000002'}", f"--model {ROOT / 'tests' / 'llada_8b'}"))
+    models = ("data/tiny", run[0] / "step_000002", ROOT / "tests" / "llada_8b")
+    tiny, trained_from_it, large = (options_of(f"--task countdown --model {model}") for model in models)
     assert tiny["preset"] == trained_from_it["preset"] == "tiny" and large["preset"] == "8b"
     assert {**tiny, "model": 0} == {**trained_from_it, "model": 0}
     assert (large["lr"], large["lora_r"], large["gen_length"], large["diffusion_steps"]) == (3e-6, 128, 256, 128)
@@ -294,7 +300,8 @@ def test_the_default_number_of_rounds_follows_the_length():
 # ---------------------------------------------------------------- prompt masks
 
 def test_prompt_masks_have_their_rate_and_leave_padding_alone():
-    args = train_grpo.parse_args("--task countdown --prompts_per_step 2 --num_iterations 200 --p_mask_prompt 0.3".split())
+    words = "--task countdown --prompts_per_step 2 --num_iterations 200 --p_mask_prompt 0.3"
+    args = train_grpo.parse_args(words.split())
     attn_mask = torch.arange(20) >= torch.tensor([0, 8])[:, None]  # (N, P)
 
     def draw(attn_mask, procs=ALONE, step=0):
@@ -322,5 +329,6 @@ def test_a_task_of_ones_own_is_one_file(tmp_path, monkeypatch):
     train(train_grpo, tmp_path / "rl", f"--task sorting --model {tmp_path / 'sft' / 'step_000001'}")
     rows = [row for row in read_rows(tmp_path / "rl" / "metrics.jsonl") if "loss" in row]
     assert all(row["reward"] == pytest.approx(row["reward_closed"] + row["reward_places"]) for row in rows)
-    words = f"--task sorting --count 4 --model {tmp_path / 'rl' / 'step_000002'} --device cpu --out {tmp_path / 'sample'}"
+    model, out = tmp_path / "rl" / "step_000002", tmp_path / "sample"
+    words = f"--task sorting --count 4 --model {model} --device cpu --out {out}"
     assert {"accuracy", "closed", "effective_tokens"} <= sample.main(sample.parse_args(words.split())).keys()

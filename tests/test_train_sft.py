@@ -31,7 +31,7 @@ def test_a_run_gives_the_numbers_of_the_reference_run(run):
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     summary = json.loads((run[0] / "summary.json").read_text())
-    assert [summary["held_out_loss_before"], summary["held_out_loss_after"]] == losses
+    assert [summary["loss_before"], summary["loss_after"]] == losses
     assert {"task", "seed", "steps", "minutes", "device"} <= summary.keys()
 
 
@@ -49,8 +49,8 @@ def test_accumulation_and_recomputation_change_nothing(run, tmp_path, options):
 
 
 def test_random_weights_learn_and_the_held_out_loss_is_measured_on_fixed_masks(tmp_path):
-    train(train_sft, tmp_path / "run", "--task countdown --from_scratch --steps 25 --batch_size 16 --count 300 --warmup 5 "
-          "--eval_every 5 --lr 2e-3")
+    words = "--task countdown --from_scratch --steps 25 --batch_size 16 --count 300 --warmup 5 --eval_every 5 --lr 2e-3"
+    train(train_sft, tmp_path / "run", words)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     assert len(losses) == 6 and losses[-1] < losses[0] - 1
@@ -60,9 +60,9 @@ def test_random_weights_learn_and_the_held_out_loss_is_measured_on_fixed_masks(t
     model, tokenizer = LLaDA.from_pretrained(tmp_path / "run" / "step_000025"), embedded()[1]
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), embedded()[0].parameters()))
     rows, args = [(list(range(5, 30)), 9), (list(range(8, 60)), 20)], parse("--task countdown --microbatch 3")
-    repeated = [train_sft.held_out_loss(model, rows, tokenizer, args, ALONE) for _ in range(2)]
+    again = [train_sft.held_out_loss(model, rows, tokenizer, args, ALONE) for _ in range(2)]
     args.microbatch = 1
-    assert repeated[0] == repeated[1] == pytest.approx(train_sft.held_out_loss(model, rows, tokenizer, args, ALONE), 1e-5)
+    assert again[0] == again[1] == pytest.approx(train_sft.held_out_loss(model, rows, tokenizer, args, ALONE), 1e-5)
 
 
 def test_the_weights_of_the_tokens_can_be_replaced(tmp_path):
@@ -86,13 +86,14 @@ def data(tmp_path):
 
 def encode(words, max_length):
     args = parse(words)
-    return train_sft.encode_rows(train_sft.read_examples(args), embedded()[1], max_length, args, ALONE)
+    examples = train_sft.load_demonstrations(args.task, args.split, args.data, args.count, args.seed)
+    return train_sft.encode_rows(examples, embedded()[1], max_length, args, ALONE)
 
 
 def test_rows_without_a_completion_and_long_rows_are_skipped_and_counted(data, capsys):
     rows = encode(f"--data {data} --batch_size 4 --gen_length 16", 100)
     assert len(rows) == 12 and all(len(ids) - prompt_length == 16 for ids, prompt_length in rows)
-    assert "skipped 1 rows without a completion, skipped 1 rows longer than 100 tokens" in capsys.readouterr().out
+    assert "1 rows of more than 100 tokens; skipped 2 rows" in capsys.readouterr().out
     ids, prompt_length = rows[3]
     tokenizer = embedded()[1]
     assert ids[:prompt_length] == tokenizer.encode_prompt("Say 3")
@@ -103,7 +104,7 @@ def test_rows_without_a_completion_and_long_rows_are_skipped_and_counted(data, c
 def test_truncate_cuts_long_rows_where_that_leaves_a_target(data, capsys):
     rows = encode(f"--data {data} --batch_size 4 --truncate", 60)
     assert len(rows) == 13 and len(rows[-1][0]) == 60
-    assert "cut 1 rows" in capsys.readouterr().out
+    assert "1 rows of more than 60 tokens; skipped 1 rows" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0 usable rows"):
         encode(f"--data {data} --batch_size 4 --truncate", 5)  # the prompts alone are longer
 
@@ -112,7 +113,7 @@ def test_no_row_is_longer_than_the_network(data, tmp_path, capsys):
     longest = embedded()[0].config.max_sequence_length
     data.write_text(data.read_text() + "\n" + json.dumps({"prompt": "longer", "completion": "7 * 3 " * longest}))
     train(train_sft, tmp_path / "run", f"--data {data} --batch_size 4 --steps 1 --max_length 4096")
-    assert f"longer than {longest} tokens" in capsys.readouterr().out
+    assert f"2 rows of more than {longest} tokens; skipped 3 rows" in capsys.readouterr().out
 
 
 def test_the_noise_of_a_row_depends_neither_on_its_batch_nor_on_its_padding():
@@ -133,7 +134,7 @@ def test_the_noise_of_a_row_depends_neither_on_its_batch_nor_on_its_padding():
 
 @pytest.mark.parametrize("options, message", [
     ("", "say what to train on"),
-    ("--task countdown --split test", "--split test"),
+    ("--task countdown --split test", "--split mixed or worked"),
     ("--task countdown --count 3", "--batch_size 8"),
     ("--task countdown --microbatch 0", "--microbatch 0"),
     ("--task countdown --lr nan", "--lr"),

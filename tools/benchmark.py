@@ -213,9 +213,10 @@ def cases_embedded(device, dtype, quick):
         for t in (0.0, 0.9):
             yield Case(f"sampler, T {t:g}, 8B's proportions, a step of 6 x (200 + 256)",
                        average_step(shaped, 6, 200, 256, 32, t), 12)
-    policy, prompts, mu = make_policy(model), 8 if quick else 16, 2 if quick else 12
+    policy = make_policy(model)
+    prompts, mu = (8, 4) if quick else (16, 12)
     yield Case(f"update phase, mu {mu}, {prompts} x 6", update_phase(policy, prompts, 18, 32, mu))
-    yield Case("whole step, T 0.9, mu 12, 4 x 6", whole_step(policy, tokenizer, examples, 4, 12, SCHEDULE), 24 * 32)
+    yield Case(f"whole step, T 0.9, mu {mu}, 4 x 6", whole_step(policy, tokenizer, examples, 4, mu, SCHEDULE), 24 * 32)
 
 
 def cases_8b(device, dtype, quick, shape=FULL_8B, prompt_length=200):

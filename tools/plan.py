@@ -20,7 +20,6 @@ import train_sft  # noqa: E402
 from lora import add_lora  # noqa: E402
 from model import HEAD_CHUNK, Config, LLaDA, find_checkpoint  # noqa: E402
 from parallel import Processes  # noqa: E402
-from run import KEPT_CHECKPOINTS  # noqa: E402
 from sample import check_schedule  # noqa: E402
 
 GIB = 2 ** 30
@@ -274,8 +273,8 @@ def print_cost(plan, tflops):
     run = steps * step + evaluations * evaluation
     show("run", run, f"{run / rate / 3600:.1f} hours: {steps} steps, {evaluations} evaluations"
                      f"{'' if evaluation else ' (not counted)'}")
-    print(f"times are estimates, for {tflops:g} TFLOP/s a GPU and communication hidden behind them\n"
-          f"a checkpoint takes {plan.checkpoint_bytes() / GIB:.1f} GiB on disk, {KEPT_CHECKPOINTS} are kept")
+    print(f"times are estimates, for {tflops:g} TFLOP/s a GPU and communication hidden behind them")
+    print(f"a checkpoint takes {plan.checkpoint_bytes() / GIB:.1f} GiB on disk; a run keeps two")
 
 
 def main(argv=None):

@@ -152,8 +152,7 @@ def print_beside_the_paper(task, gen_length, published, model):
 
 def load_published_problems(task, args, tokenizer, room, procs):
     """`sample.load_problems` with the authors' kind of prompt, and the tokens with which every completion begins."""
-    split = "train" if args.train_split else "test"
-    examples = TASKS[task].load(split, data=args.data or None, count=args.count or None)
+    examples = sample.load_problems(task, args, tokenizer, float("inf"), procs)
     for example in examples:
         example.update(prompt=write_prompt(task, example), prefill=PREFILL)
     prefill = tokenizer.encode(PREFILL)

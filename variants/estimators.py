@@ -79,7 +79,8 @@ def masked_logps(policy, rollout, masked, mask_id):
     completions = rollout.completions[:, None].expand(n, S, G, L)
     rows = torch.cat([prompt, completions.masked_fill(masked, mask_id)], dim=-1).flatten(0, 2)  # (n * S * G, T)
     attn_mask = F.pad(rollout.attn_mask, (0, L), value=True).repeat_interleave(S * G, dim=0)  # (n * S * G, T)
-    return policy(rows, attn_mask, keep=slice(P, P + L), targets=completions.flatten(0, 2)).view(n, S, G, L)
+    keep = torch.arange(P, P + L, device=rows.device).expand(len(rows), L)  # the completion's positions
+    return policy(rows, attn_mask, keep, targets=completions.flatten(0, 2)).view(n, S, G, L)
 
 
 @dataclass

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import find_checkpoint  # noqa: E402
-from run import refuse_negative  # noqa: E402
 from variants import fast_dllm, llada_sampler  # noqa: E402
 
 
@@ -66,7 +65,7 @@ def pick_generate(args):
 def parse_args(argv=None):
     parser = sample.new_parser(argv)
     add_sampler_options(parser)
-    args = refuse_negative(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     check_threshold(args, argv)
     return args
 

@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import at_least_float32, rope_tables, select_positions
+from model import at_least_float32, rope_tables
 from sample import choose, num_transfer_tokens
 
 
@@ -97,6 +97,6 @@ def predict(model, x, attn_mask, positions, computed, caches):
     for block, cache in zip(model.blocks, caches):
         # not block(...): FSDP would take a block that is called alone for the whole model
         h = block.forward(h, cos[computed], sin[computed], attn_mask[:, None, None], cache=(*cache, computed.start))
-    h = net["ln_f"](select_positions(h, positions - computed.start))  # (U, M, C)
+    index = (positions - computed.start)[..., None].expand(-1, -1, config.d_model)
     head = net["wte" if config.weight_tying else "ff_out"]
-    return at_least_float32(F.linear(h, head.weight))
+    return at_least_float32(F.linear(net["ln_f"](h.gather(1, index)), head.weight))

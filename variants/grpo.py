@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_grpo  # noqa: E402
-from run import refuse_negative  # noqa: E402
 from variants.estimators import ESTIMATORS  # noqa: E402
 from variants.evaluate import add_sampler_options, check_threshold, drop_unread, pick_generate  # noqa: E402
 from variants.objectives import OBJECTIVES  # noqa: E402
@@ -27,8 +26,8 @@ def parse_args(argv=None):
     group.add_argument("--snapshots", type=int, default=4, help="of a rollout, for --estimator trajectory")
     group.add_argument("--objective", choices=OBJECTIVES, default="grpo", help="see variants/objectives.py")
     add_sampler_options(parser)
-    args = refuse_negative(parser.parse_args(argv))
-    if not args.masks_per_prompt or not args.snapshots:
+    args = parser.parse_args(argv)
+    if min(args.masks_per_prompt, args.snapshots) < 1:
         raise SystemExit("error: --masks_per_prompt and --snapshots must be at least 1")
     unread = {"p_mask_prompt", "masks_per_prompt", "snapshots"} - set(ESTIMATORS[args.estimator].options)
     drop_unread(args, argv, unread, f"by --estimator {args.estimator}")
