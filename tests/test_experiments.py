@@ -79,6 +79,7 @@ def test_an_exponent_is_the_slope_of_the_logarithms():
     assert scaling.exponent(sizes, [3 * size ** 1.5 for size in sizes]) == pytest.approx(1.5)
 
 
+@pytest.mark.slow
 def test_arithmetic_grows_with_the_rows_and_not_with_the_group():
     fitted = scaling.fit(scaling.make_sampling, "rows", (1, 2), torch.device("cpu"), repeats=1)
     assert fitted["arithmetic"] == pytest.approx(1)
@@ -94,6 +95,7 @@ def test_moments_are_the_mean_and_the_unbiased_variance():
     assert moments.variance == pytest.approx(float(vectors.var(0).sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_variance_of_masks_and_of_prompts_is_found_again(monkeypatch):
     """Gradients of known variance: 1 between prompts, 4 of a shared mask, 8 of masks for every completion."""
     noise = torch.Generator().manual_seed(1)

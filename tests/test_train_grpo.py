@@ -305,8 +305,8 @@ def test_prompt_masks_have_their_rate_and_leave_padding_alone():
     attn_mask = torch.arange(20) >= torch.tensor([0, 8])[:, None]  # (N, P)
 
     def draw(attn_mask, procs=ALONE, step=0):
-        fields = dict.fromkeys(train_grpo.Rollout.__dataclass_fields__)
-        return train_grpo.draw_prompt_masks(train_grpo.Rollout(**{**fields, "attn_mask": attn_mask}), step, args, procs)
+        fields = dict.fromkeys(train_grpo.Rollout.__dataclass_fields__) | {"attn_mask": attn_mask}
+        return train_grpo.draw_prompt_masks(train_grpo.Rollout(**fields), step, args, procs)
 
     masks = draw(attn_mask)  # (mu, N, P)
     assert masks.shape == (200, 2, 20) and masks.dtype == torch.bool and not masks[:, 1, :8].any()

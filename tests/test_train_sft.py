@@ -49,8 +49,8 @@ def test_accumulation_and_recomputation_change_nothing(run, tmp_path, options):
 
 
 def test_random_weights_learn_and_the_held_out_loss_is_measured_on_fixed_masks(tmp_path):
-    words = "--task countdown --from_scratch --steps 25 --batch_size 16 --count 300 --warmup 5 --eval_every 5 --lr 2e-3"
-    train(train_sft, tmp_path / "run", words)
+    words = "--steps 25 --batch_size 16 --count 300 --warmup 5 --eval_every 5 --lr 2e-3"
+    train(train_sft, tmp_path / "run", f"--task countdown --from_scratch {words}")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     assert len(losses) == 6 and losses[-1] < losses[0] - 1

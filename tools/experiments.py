@@ -18,10 +18,6 @@ from hashlib import sha256
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from run import git_commit  # noqa: E402
-
 RUNS = "runs/experiments"
 TASKS = ("countdown", "sudoku")
 LAST = 5  # a training's result is the mean over its last steps
@@ -107,9 +103,8 @@ def run(command, out, threads):
     print("done:", command, flush=True)
 
 
-def run_all(rows, tasks, seeds, jobs):
-    """Run every command of every row once: all first commands, then all second ones, since these build on the first."""
-    plans = [resolve(commands, task, seed) for commands in rows.values() for task in tasks for seed in seeds]
+def run_all(plans, jobs):
+    """Run every command of every plan once: all first commands, then all second ones, since these build on the first."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         for stage in range(max(map(len, plans))):
@@ -118,6 +113,12 @@ def run_all(rows, tasks, seeds, jobs):
 
 
 # ---------------------------------------------------------------- collecting
+
+def read_commits(plans):
+    """The commits of this code at which the commands ran."""
+    configs = [json.loads((ROOT / out / "config.json").read_text()) for plan in plans for _, out in plan]
+    return sorted({config["commit"] for config in configs})
+
 
 def read_evaluation(out):
     summary = json.loads((ROOT / out / "summary.json").read_text())
@@ -143,11 +144,10 @@ def read_result(plan):
 
 def add_equal_time(values, first_seconds):
     """Add the accuracy that a training had when the first row's training ended. Clocks within 5% count as equal."""
-    share = min(1.0, first_seconds / values["seconds"][0])
-    for_all = share > 0.95
+    share = first_seconds / values["seconds"][0]
     values["accuracy in equal time"] = []
     for curve in values["curve"]:
-        done = len(curve) if for_all else max(1, round(len(curve) * share))
+        done = len(curve) if share > 0.95 else max(1, round(len(curve) * share))
         values["accuracy in equal time"].append(statistics.mean(curve[max(0, done - LAST):done]))
 
 
@@ -198,13 +198,14 @@ def main(args):
     if not rows:
         raise SystemExit(f"error: --rows {' '.join(args.rows)}: choose from {', '.join(EXPERIMENTS[args.experiment])}")
     tasks = args.tasks or (("countdown",) if args.experiment in ("ablations", "samplers") else TASKS)
-    run_all(rows, tasks, args.seeds, args.jobs)
+    plans = [resolve(commands, task, seed) for commands in rows.values() for task in tasks for seed in args.seeds]
+    run_all(plans, args.jobs)
     collected = collect(rows, tasks, args.seeds)
     show(collected)
     if not args.rows:
         command = f"python tools/experiments.py {args.experiment} --seeds {' '.join(map(str, args.seeds))}"
-        results = {"command": command, "commit": git_commit(), "device": f"CPU, {os.cpu_count()} cores, float32",
-                   "rows": collected}
+        results = {"command": command, "commits": read_commits(plans),
+                   "device": f"CPU, {os.cpu_count()} cores, float32", "rows": collected}
         path = ROOT / f"docs/results/{args.experiment}.json"
         path.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -13,6 +13,7 @@ import gc
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -40,6 +41,11 @@ TINY_GRPO = ("--prompts_per_step 2 --num_iterations 2 --microbatch 1 "
              "--gen_length 64 --diffusion_steps 4 --block_length 32")
 
 
+def draw_weights(model, _):
+    """In the place of load_weights: random ones."""
+    train_sft.init_weights(model, generator("weights"))
+
+
 class Job(Run):
     """A training without a folder, its weights random. step(number) is the train_step of the script."""
 
@@ -52,16 +58,16 @@ class Job(Run):
         self.plan = Plan(script.__name__, self.config, args, procs.world)
         self.tokenizer = Tokenizer.from_folder(TINY)  # any will do: its control tokens get the model's ids
         self.tokenizer.mask_id, self.tokenizer.eos_id = self.config.mask_token_id, self.config.eos_token_id
-        draw_weights = functools.partial(train_sft.init_weights, seed=0)
-        self.model, self.frozen = self.load_model(fill=draw_weights), None
+        with mock.patch("run.load_weights", draw_weights):
+            self.model = self.load_model()
+            self.frozen = self.load_model(is_trained=False) if self.plan.has_copy else None
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
         if script is train_sft:
             self.inputs = self.model, self.optimizer, self.draw_rows(), self.tokenizer, args, procs
             return
         reference = functools.partial(adapters_off, self.model)
-        if self.plan.has_copy:
-            self.frozen = self.load_model(is_trained=False, fill=draw_weights)
+        if self.frozen:
             reference = functools.partial(contextlib.nullcontext, self.frozen)
         self.inputs = self.model, reference, self.optimizer, self.tokenizer, self.draw_prompts(), args, procs
 

@@ -188,8 +188,7 @@ class Plan:
         backward, trains_all = passes.has_backward, self.trains_all
         forward = 2 if backward and self.args.checkpoint_activations else 1  # times that the blocks run
         matrices = blocks * (self.block - 2 * self.C)  # without the norms
-        weights = (matrices * (forward + backward + backward * trains_all)
-                   + self.adapters * (forward + 2 * backward))
+        weights = matrices * (forward + backward + backward * trains_all) + self.adapters * (forward + 2 * backward)
         # every token with every token: q k, and the product with v
         attention = 2 * passes.length * self.C * blocks * (forward + 2 * backward)
         # where the logits come in chunks, the backward pass scores once more
@@ -198,7 +197,9 @@ class Plan:
         # in a narrow last block a token that is not scored costs its keys and values alone
         share_of_kv = 2 * self.C * self.KV * blocks / matrices
         left_out = (weights * (1 - share_of_kv) + attention) / blocks if passes.is_narrow else 0
-        of_row = (passes.length * (weights + attention) + passes.scored * head
+        # the frozen embedding needs no gradient, so neither do the inputs of the first q, k and v
+        spared = backward * (not trains_all) * self.C * (self.C + 2 * self.KV)
+        of_row = (passes.length * (weights + attention - spared) + passes.scored * head
                   - (passes.length - passes.scored) * left_out)
         return 2 * passes.total * passes.times * of_row
 
@@ -279,16 +280,15 @@ def print_cost(plan, tflops):
 
 def main(argv=None):
     """Print the plan, and return it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("--gpus", type=int, default=1, help="over all nodes (default: 1)")
     parser.add_argument("--gpu_memory", type=float, default=79, help="GiB of a GPU (default: 79, of an 80 GB GPU)")
     parser.add_argument("--tflops", type=float, default=400,
                         help="1e12 operations a second of a GPU (default: 400, 40%% of an H100's peak in bfloat16)")
     own, words = parser.parse_known_args(argv)
-    parse_args, _ = SCRIPTS[own.script]
-    args = parse_args(words)
+    args = SCRIPTS[own.script][0](words)
     plan = Plan(own.script, read_config(args.model), args, own.gpus)
     print_memory(plan, own.gpu_memory)
     print_cost(plan, own.tflops)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SFT = "train_sft.py --task countdown sudoku --count 4000 --steps 100000 --save_every 20 --eval_every 50 --device cpu"
+SFT = "train_sft.py --task countdown sudoku --count 4000 --steps 100000 --save_every 5 --eval_every 50 --device cpu"
 GRPO = ("train_grpo.py --task countdown --steps 10000 --save_every 1 --eval_every 20 --eval_count 16 --group_size 4 "
         "--prompts_per_step 4 --device cpu")
 ENDS = ("SIGKILL to one", "SIGKILL to all", "SIGTERM to all")

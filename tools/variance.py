@@ -32,7 +32,6 @@ from model import TINY, LLaDA  # noqa: E402
 from run import write_json  # noqa: E402
 from sample import complete  # noqa: E402
 from tools.measure import print_table  # noqa: E402
-from train_grpo import grade  # noqa: E402
 
 G, K = 6, (1, 2, 3, 6)
 OWN = "one for every completion"
@@ -70,7 +69,7 @@ def roll_out(model, tokenizer, name, count, seed):
     keys = [("variance", seed, i) for i in range(count * G)]
     completions = complete(model, tokenizer, [ids for ids in prompts for _ in range(G)], keys, rollout_batch=128,
                            gen_length=32, diffusion_steps=32, block_length=8, temperature=0.9)
-    rewards = [grade(TASKS[name], text, examples[i // G])["reward"] for i, text in enumerate(completions.texts)]
+    rewards = [sum(TASKS[name].reward(text, examples[i // G]).values()) for i, text in enumerate(completions.texts)]
     advantages = group_advantages(torch.tensor(rewards).view(count, 1, G))
     return list(zip([torch.tensor([ids]) for ids in prompts], completions.ids.view(count, 1, G, -1), advantages))
 

@@ -53,6 +53,8 @@ def pick_generate(args):
     is_fast = args.threshold or args.cache
     if is_fast and (args.cfg_scale or args.random_remasking or args.logits_eos_inf or args.confidence_eos_eot_inf):
         raise SystemExit("error: --threshold and --cache do not combine with options of LLaDA's sampler: drop some")
+    if args.random_remasking and args.confidence_eos_eot_inf:
+        raise SystemExit("error: --confidence_eos_eot_inf would be ignored with --random_remasking: leave one out")
     if is_fast:
         return functools.partial(fast_dllm.generate, threshold=args.threshold, cache=args.cache, choose=draw)
     tokenizer = Tokenizer.from_folder(find_checkpoint(args.model))

@@ -1,0 +1,366 @@
+"""Methods after d1: estimators against a network of three symbols that is one big table, objectives against loops."""
+import contextlib
+import copy
+import itertools
+import runpy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import GOLDEN, MASK_ID, ROOT, embedded, read_rows, reference_model, tensors, worst
+
+import sample
+import train_grpo
+import train_sft
+from d1 import diffu_grpo_loss, generator, kl_k3, one_step_logps, sft_loss
+from data import countdown
+from model import LLaDA
+from parallel import Processes
+from train_grpo import Rollout, diffu_grpo, draw_prompt_masks
+from variants import estimators, grpo, llada_loss, objectives
+
+ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
+P, L, MASK = 2, 3, 3  # symbols 0, 1, 2; canvases of five tokens: 4 ** 5 of them
+EVERY = torch.tensor(list(itertools.product(range(3), repeat=L)))  # (27, L): all completions
+PROMPT = torch.tensor([[0, 2], [1, 1]])
+TABLE = torch.randn(4 ** (P + L), P + L, 4, generator=generator("table"), dtype=torch.float64)
+TABLE[..., MASK] = -torch.inf
+ALL_MASKS = list(itertools.product((False, True), repeat=L))
+MASKED = torch.tensor(ALL_MASKS)[None, :, None].expand(2, -1, 27, -1)  # (N, K, G, L)
+
+
+def network(ids, attn_mask=None, keep=None, targets=None):
+    """Logits that are looked up by the whole canvas: every token depends on every other in its own way."""
+    logits = TABLE[(ids * 4 ** torch.arange(P + L)).sum(1)]  # (B, T, 4)
+    logits = logits.gather(1, keep[..., None].expand(-1, -1, 4))
+    if targets is None:
+        return logits
+    return logits.log_softmax(-1).gather(-1, targets.view(*keep.shape, -1)).view(targets.shape)
+
+
+def make_rollout(prompt=PROMPT, completions=EVERY.expand(2, 27, L), attn_mask=None, **fields):
+    N, G = completions.shape[:2]
+    attn_mask = torch.ones_like(prompt, dtype=torch.bool) if attn_mask is None else attn_mask
+    fields = {"committed_at": None, "advantages": torch.ones(N, G), "token_count": 1.0,
+              "mask": torch.ones_like(completions, dtype=torch.bool), **fields}
+    return Rollout(prompt, attn_mask, completions, **fields)
+
+
+def log_p(prompt, canvas, position, token):
+    """log p of a token of the completion, from a list of its symbols and masks."""
+    index = sum(int(symbol) * 4 ** i for i, symbol in enumerate([*prompt, *canvas]))
+    return float(TABLE[index, P + position].log_softmax(-1)[token])
+
+
+def by_hand(seen):
+    """(2, 27, L): log p of each token of all completions, where seen(completion, l) lists the canvas."""
+    return torch.tensor([[[log_p(prompt, seen(o, i), i, o[i]) for i in range(L)] for o in EVERY.tolist()]
+                         for prompt in PROMPT.tolist()], dtype=torch.float64)
+
+
+def hide(completion, mask):
+    return [MASK if is_masked else symbol for symbol, is_masked in zip(completion, mask)]
+
+
+def parse(options=""):
+    return grpo.parse_args(f"--task countdown --prompts_per_step 2 {options}".split())
+
+
+# ---------------------------------------------------------------- estimators
+
+def test_hidden_tokens_are_scored_under_every_mask():
+    masks = estimators.CompletionMasks(MASKED, None, None)
+    logps = estimators.random_mask(network, make_rollout(), masks, MASK)  # (2 * 8, 27, L)
+    expected = [by_hand(lambda o, i, mask=mask: hide(o, mask)) for mask in ALL_MASKS]
+    torch.testing.assert_close(logps, torch.stack(expected, dim=1).flatten(0, 1))
+
+
+def test_coupled_masks_score_every_token_with_its_weight():
+    ratio = torch.rand(2, 8, 27, generator=generator("ratio"), dtype=torch.float64) * 0.6 + 0.2
+    logps = estimators.coupled(network, make_rollout(), estimators.CompletionMasks(MASKED, ratio, None), MASK)
+    full = by_hand(lambda o, i: [MASK] * L)
+    for k, mask in enumerate(ALL_MASKS):
+        complement = [not is_masked for is_masked in mask]
+        seen = by_hand(lambda o, i, mask=mask: hide(o, mask if mask[i] else complement))
+        probability = torch.where(torch.tensor(mask), ratio[:, k, :, None], 1 - ratio[:, k, :, None])
+        torch.testing.assert_close(logps.view(2, 8, 27, L)[:, k], (full + seen / probability) / 2)
+
+
+def score_trajectory(committed_at, snapshots):
+    rollout = make_rollout(committed_at=committed_at)
+    drawn = estimators.draw_snapshots(rollout, 0, SimpleNamespace(snapshots=snapshots, num_iterations=3), ALONE)
+    assert drawn.shape == (3, 2, 27, L) and torch.equal(drawn[0], drawn[2])
+    return estimators.trajectory(network, rollout, drawn[1], MASK)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(L))))
+def test_snapshots_of_a_trajectory(order):
+    """As many as rounds are the chain rule in the order of the commits; one snapshot is d1's estimate."""
+    committed_at = torch.tensor(order).expand(2, 27, L)
+    logps = score_trajectory(committed_at, L)
+    torch.testing.assert_close(logps, by_hand(lambda o, i: hide(o, [when >= order[i] for when in order])))
+    torch.testing.assert_close(logps.sum(-1).exp().sum(-1), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(logps, score_trajectory(committed_at, 99))
+    two = by_hand(lambda o, i: hide(o, [order[i] < 2 or when == 2 for when in order]))  # the first sees nothing
+    torch.testing.assert_close(score_trajectory(committed_at, 2), two)
+    nothing = torch.zeros(2, P, dtype=torch.bool)
+    one = one_step_logps(network, PROMPT, nothing, EVERY.expand(2, 27, L), MASK)
+    torch.testing.assert_close(score_trajectory(committed_at, 1), one)
+
+
+def test_the_whole_trajectory_of_a_rollout_is_what_the_sampler_drew_from():
+    noise = sample.draw_noise([("row", i) for i in range(2)], L, L)
+    ids, when = sample.generate(network, PROMPT, torch.ones(2, P).bool(), noise, mask_id=MASK, eos_id=-1, gen_length=L,
+                                diffusion_steps=L, block_length=L, temperature=1.0)
+    ids, when = ids[:, P:], when[:, P:]
+    rollout = make_rollout(completions=ids[:, None], committed_at=when[:, None])
+    logps = estimators.trajectory(network, rollout, when[:, None], MASK)[:, 0]
+    expected = [[log_p(PROMPT[b].tolist(), hide(ids[b].tolist(), (when[b] >= when[b, i]).tolist()), i, int(ids[b, i]))
+                 for i in range(L)] for b in range(2)]
+    torch.testing.assert_close(logps, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.fixture
+def rollout():
+    """Two prompts of unequal length with four completions each, for the reference model."""
+    numbers = generator("rollout")
+    attn_mask = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    mask = torch.arange(5) < torch.randint(1, 6, (2, 4, 1), generator=numbers)
+    prompt, completions = (torch.randint(480, shape, generator=numbers) for shape in ((2, 6), (2, 4, 5)))
+    committed_at = torch.randint(5, (2, 4, 5), generator=numbers)
+    return make_rollout(prompt, completions, attn_mask, committed_at=committed_at, mask=mask)
+
+
+@pytest.mark.parametrize("name", estimators.ESTIMATORS)
+@torch.no_grad()
+def test_padding_neighbours_and_processes_do_not_change_the_log_probabilities(rollout, name):
+    model, estimator = reference_model("llada_mha", torch.float64), estimators.ESTIMATORS[name]
+    args = parse(f"--estimator {name} --group_size 4 --gen_length 5 --block_length 5 --diffusion_steps 5")
+    for index in range(2):
+        part = slice(index, index + 1)
+        masked = estimator.draw(rollout, 0, args, ALONE)[1, part]
+        together = estimator.log_probs(model, rollout[part], masked, MASK_ID)
+        alone = rollout[part]
+        alone.prompt, alone.attn_mask = (x[:, alone.attn_mask[0]] for x in (alone.prompt, alone.attn_mask))
+        with_rank = Processes(index, 2, ALONE.device, ALONE.dtype)
+        with_rank.sum = float  # no other process is there
+        masked = estimator.draw(alone, 0, args, with_rank)[1, 0:1]
+        if name != "fixed_masks":  # which are drawn for the longest prompt
+            assert worst(estimator.log_probs(model, alone, masked, MASK_ID), together) < 1e-6
+
+
+@torch.no_grad()
+def test_shared_and_own_prompt_masks_are_those_of_a_pass_for_each(rollout):
+    model = reference_model("llada_mha", torch.float64)
+    args = parse("--p_mask_prompt 0.4 --group_size 4 --masks_per_prompt 3")
+    shared = estimators.draw_shared_masks(rollout, 7, args, ALONE)  # (mu, N, K, P)
+    assert shared.shape == (4, 2, 3, 6) and not (shared & ~rollout.attn_mask[:, None]).any()
+    args.masks_per_prompt = 1
+    assert torch.equal(estimators.draw_shared_masks(rollout, 7, args, ALONE)[:, :, 0],
+                       draw_prompt_masks(rollout, 7, args, ALONE))
+    own = estimators.draw_own_masks(rollout, 7, args, ALONE)[2]  # (N, G, P)
+    logps = estimators.shared_masks(model, rollout, shared[2], MASK_ID).view(2, 3, 4, 5)
+    logps_of_own = estimators.mask_per_completion(model, rollout, own, MASK_ID)
+
+    def under(mask):
+        return one_step_logps(model, rollout.prompt, mask, rollout.completions, MASK_ID, rollout.attn_mask)
+
+    for k in range(3):
+        assert worst(logps[:, k], under(shared[2][:, k])) < 1e-12
+    for g in range(4):
+        assert worst(logps_of_own[:, g], under(own[:, g])[:, g]) < 1e-12
+
+
+def test_fixed_masks_are_the_same_for_all_prompts_updates_and_steps():
+    attn_mask = torch.arange(400) >= torch.tensor([[0], [100]])
+    rollout = make_rollout(torch.zeros(2, 400), attn_mask=attn_mask)
+    args = parse("--estimator fixed_masks --p_mask_prompt 0.3")
+    masks, later = (estimators.draw_fixed_masks(rollout, step, args, ALONE) for step in (0, 9))
+    assert masks.shape == (4, 2, 400) and torch.equal(masks, later) and torch.equal(masks[0], masks[3])
+    assert torch.equal(masks[0, 0, :300], masks[0, 1, 100:]) and not masks[0, 1, :100].any()
+    assert abs(float(masks[0, 0].float().mean()) - 0.3) < 0.08
+
+
+@pytest.mark.parametrize("name, low, high", [("random_mask", 0, 1), ("coupled", 0.2, 0.8)])
+def test_completion_masks_have_their_rate_and_are_counted(name, low, high):
+    args = parse(f"--estimator {name} --masks_per_prompt 3 --gen_length 400")
+    mask = torch.arange(400).expand(2, 6, 400) < 150
+    drawn = estimators.ESTIMATORS[name].draw(SimpleNamespace(mask=mask), 7, args, ALONE)
+    assert drawn.masked.shape == (4, 2, 3, 6, 400) and drawn.ratio.shape == (4, 2, 3, 6)
+    assert low <= float(drawn.ratio.min()) < low + 0.1 and high - 0.1 < float(drawn.ratio.max()) <= high
+    assert float((drawn.masked.float().mean(-1) - drawn.ratio).abs().max()) < 0.1
+    assert drawn[2, 0:1].token_count == drawn.masked[2, ..., :150].sum()
+    gaps = drawn.ratio.sort(dim=0).values.diff(dim=0)
+    assert torch.allclose(gaps, torch.full_like(gaps, 0.25)) == (name == "random_mask")  # evenly over the updates
+
+
+# ---------------------------------------------------------------- objectives
+
+N, G = 2, 3
+ARGS = SimpleNamespace(epsilon=0.2, prompts_per_step=N, group_size=G)
+
+
+def draw_numbers(seed):
+    """Log-probabilities of three policies, and a rollout; in one completion no token counts."""
+    numbers = generator("objective", seed)
+    logps, old, ref = -2 * torch.rand(3, N, G, L, generator=numbers, dtype=torch.float64)
+    mask = torch.rand(N, G, L, generator=numbers) < 0.7
+    mask[0, 0] = False
+    rewards = torch.randint(4, (N, G), generator=numbers).double()
+    rollout = make_rollout(completions=torch.zeros(N, G, L), mask=mask, token_count=int(mask.sum()),
+                           advantages=rewards - rewards.mean(-1, keepdim=True))
+    return logps.requires_grad_(), old, ref, rollout
+
+
+def clip_by_hand(ratio, advantage):
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - ARGS.epsilon, 1 + ARGS.epsilon) * advantage)
+
+
+def gain_by_hand(name, n, i, counted, logps, old, advantages):
+    """What a completion adds to the objective, without its KL."""
+    ratios, length = [logps[n, i, j] - old[n, i, j] for j in counted], max(1, len(counted))
+    if name == "sequence":
+        return clip_by_hand(torch.exp(sum(ratios, torch.zeros(())) / length), advantages[n, i])
+    if name == "sequence_mean":
+        return sum(clip_by_hand(ratio.exp(), advantages[n, i]) for ratio in ratios) / length
+    likes, dislikes = advantages[n].exp(), (-advantages[n]).exp()
+    return G * (likes[i] / likes.sum() - dislikes[i] / dislikes.sum()) * sum(logps[n, i, j] for j in counted) / length
+
+
+@pytest.mark.parametrize("name", ["sequence", "sequence_mean", "wd1"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_objectives_and_their_gradients_are_those_of_loops(name, beta):
+    for seed in range(3):
+        logps, old, ref, rollout = draw_numbers(seed)
+        ARGS.beta = beta
+        loss, stats = objectives.OBJECTIVES[name](logps, old, ref, rollout, None, ARGS)
+        expected = kl = 0
+        for n, i in itertools.product(range(N), range(G)):
+            counted = [j for j in range(L) if rollout.mask[n, i, j]]
+            kl = kl + sum(kl_k3(logps[n, i, j], ref[n, i, j]) for j in counted) / max(1, len(counted)) / (N * G)
+            expected = expected - gain_by_hand(name, n, i, counted, logps, old, rollout.advantages) / (N * G)
+        torch.testing.assert_close(loss, expected + beta * kl)
+        gradients = [torch.autograd.grad(value, logps, retain_graph=True)[0] for value in (loss, expected + beta * kl)]
+        torch.testing.assert_close(*gradients)
+        if beta:
+            torch.testing.assert_close(stats["kl"], kl.detach())
+        assert ("kl" in stats) == bool(beta) and ("clip_fraction" in stats) == (name != "wd1")
+
+
+@pytest.mark.parametrize("name", ["sequence", "sequence_mean", "wd1"])
+def test_a_token_that_does_not_count_cannot_overflow_and_equal_rewards_teach_nothing(name):
+    ARGS.beta = 0.04
+    logps, old, ref, rollout = draw_numbers(0)
+    objective = objectives.OBJECTIVES[name]
+    loss, _ = objective(logps, old, ref, rollout, None, ARGS)
+    far = [torch.where(rollout.mask, x.detach(), value) for x, value in ((logps, 1e3), (old, -1e3), (ref, 1e4))]
+    far[0].requires_grad_()
+    loud, _ = objective(*far, rollout, None, ARGS)
+    torch.testing.assert_close(loud, loss)
+    assert torch.isfinite(torch.autograd.grad(loud, far[0])[0]).all()
+    ARGS.beta, rollout.advantages = 0.0, torch.zeros(N, G)
+    assert not torch.autograd.grad(objective(logps, logps.detach(), None, rollout, None, ARGS)[0], logps)[0].any()
+
+
+def test_the_loss_under_several_masks_is_the_mean_of_the_losses_under_each():
+    K, ARGS.beta = 2, 0.04
+    numbers, rollouts = zip(*((numbers, rollout) for *numbers, rollout in map(draw_numbers, range(K))))
+    rollout = rollouts[0]
+    together = [torch.stack(policies, dim=1).flatten(0, 1) for policies in zip(*numbers)]  # (N * K, G, L)
+    for objective in (diffu_grpo, objectives.sequence, objectives.wd1):
+        loss, stats = objective(*together, estimators.repeat_prompts(rollout, None, K), None, ARGS)
+        each = [objective(*policies, rollout, None, ARGS) for policies in numbers]
+        torch.testing.assert_close(loss, sum(part for part, _ in each) / K)
+        torch.testing.assert_close(stats["kl"], sum(stats["kl"] for _, stats in each) / K)
+
+
+def test_random_masks_count_hidden_tokens_alone():
+    (logps, old, ref, rollout), hidden = draw_numbers(3), torch.rand(N, 1, G, L, generator=generator("hidden")) < 0.5
+    counted = rollout.mask & hidden[:, 0]
+    scored = estimators.hidden_alone(rollout, estimators.CompletionMasks(hidden, None, counted.sum()), 1)
+    ARGS.beta = 0.04
+    expected, _ = diffu_grpo_loss(logps, old, ref, rollout.advantages, counted, 0.2, 0.04, counted.sum())
+    torch.testing.assert_close(diffu_grpo(logps, old, ref, scored, None, ARGS)[0], expected)
+
+
+# ---------------------------------------------------------------- the programs
+
+SMALL = "--group_size 3 --num_iterations 2 --gen_length 16 --device cpu"
+
+
+def take_step(options, monkeypatch):
+    """The log's row of one step of variants/grpo.py, which trains a copy of the embedded model."""
+    args, tokenizer = parse(f"{SMALL} {options}"), embedded()[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "main", lambda args, **methods: methods)
+        methods = grpo.main(args)
+    examples, model = countdown.load("train", count=2), copy.deepcopy(embedded()[0])
+    for example in examples:
+        example["ids"] = tokenizer.encode_prompt(example["prompt"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    row, _ = train_grpo.train_step(0, model, lambda: contextlib.nullcontext(embedded()[0]), optimizer, tokenizer,
+                                   examples, args, ALONE, **methods)
+    return row
+
+
+@pytest.mark.parametrize("options", [
+    "--masks_per_prompt 2", "--estimator mask_per_completion --objective sequence_mean",
+    "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1",
+    "--estimator coupled --objective sequence --cfg_scale 0.2", "--estimator trajectory --threshold 0.9 --cache dual"])
+def test_a_step_starts_at_the_reference_and_does_not_depend_on_its_parts(monkeypatch, options):
+    monkeypatch.setattr(countdown, "reward", lambda text, example: {"any": len(text) % 7})
+    first = take_step(f"{options} --num_iterations 1", monkeypatch)
+    assert first["kl"] == 0 == first.get("clip_fraction", 0) and first["grad_norm"] > 0
+    whole, parts = (take_step(f"{options} --microbatch {size}", monkeypatch) for size in (2, 1))
+    assert whole["kl"] > 0
+    for name in ("loss", "kl", "grad_norm"):
+        assert whole[name] == pytest.approx(parts[name], rel=1e-4, abs=1e-6), name
+
+
+def test_the_training_program_runs_with_a_cache_on_a_model_that_fsdp_holds(tmp_path):
+    options = f"{SMALL} --steps 1 --eval_count 0 --cache prefix --dtype bfloat16"  # trained in float32: FSDP casts
+    grpo.main(parse(f"{options} --out {tmp_path}"))
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--estimator coupled --p_mask_prompt 0.1", "--p_mask_prompt would be ignored by --estimator coupled"),
+    ("--snapshots 3", "--snapshots would be ignored by --estimator one_step"),
+    ("--estimator trajectory --masks_per_prompt 2", "--masks_per_prompt would be ignored by --estimator trajectory"),
+    ("--objective wd1 --epsilon=0.5", "--epsilon would be ignored by --objective wd1"),
+    ("--masks_per_prompt 0", "--masks_per_prompt and --snapshots must be at least 1"),
+])
+def test_options_that_would_be_ignored_are_refused(options, message):
+    with pytest.raises(SystemExit) as stopped:
+        parse(options)
+    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_a_run_records_the_options_that_it_reads_and_has_a_folder_of_its_own():
+    args = parse("--estimator trajectory --objective wd1 --threshold 0.9 --gen_length 24")
+    assert args.out == "runs/grpo-countdown-trajectory-wd1" and args.diffusion_steps == 24 and args.snapshots == 4
+    assert not {"p_mask_prompt", "masks_per_prompt", "epsilon"} & vars(args).keys()
+
+
+@pytest.mark.parametrize("dtype, suffix, tolerance", [(torch.float32, "", 1e-4), (torch.float64, "_f64", 1e-10)])
+def test_losses_and_gradients_of_sft_equal_those_of_llada(dtype, suffix, tolerance):
+    data, model = tensors("sft/sft.safetensors"), LLaDA.from_pretrained(GOLDEN / "llada_mha", dtype=dtype)
+    ids, noised = data["input_ids"], data["official.noisy_ids"]  # (3, 40)
+    answer, masked = torch.arange(40) >= data["prompt_lengths"][:, None], noised != ids
+    weights = llada_loss.llada_weights(data["t"].to(dtype), answer)
+    loss = sft_loss(model(noised, keep=masked, targets=ids[masked]), masked, weights)
+    assert worst(loss.detach().view(1), data[f"official.loss{suffix}"]) < tolerance
+    loss.backward()
+    prefix, weights = f"official.grad{suffix}.", dict(model.named_parameters())
+    names = [key.removeprefix(prefix) for key in data if key.startswith(prefix) and "__global_norm__" not in key]
+    assert len(names) >= 4 and all(worst(weights[name].grad, data[prefix + name]) < tolerance for name in names)
+
+
+def test_the_sft_program_trains_with_the_weights_of_llada(tmp_path, monkeypatch):
+    options = "--task countdown --steps 1 --batch_size 16 --count 100 --device cpu --out".split()
+    train_sft.main(train_sft.parse_args([*options, str(tmp_path / "d1")]))
+    monkeypatch.setattr(sys, "argv", ["llada_loss.py", *options, str(tmp_path / "llada")])
+    runpy.run_path(str(ROOT / "variants" / "llada_loss.py"), run_name="__main__")
+    losses = [read_rows(tmp_path / name / "metrics.jsonl")[1]["loss"] for name in ("d1", "llada")]
+    assert losses[0] != losses[1]
