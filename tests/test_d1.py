@@ -13,8 +13,8 @@ from model import LLaDA
 META = json.loads((GOLDEN / "grpo/meta.json").read_text())
 CASES = {name: case for name, case in META["cases"].items() if not case["cfg_scale"]}  # d1 trains without guidance
 TABLES = json.loads((GOLDEN / "grpo/tables.json").read_text())
-# dtype, ending of the reference's names, tolerances of log-probabilities, losses and gradients
-PRECISIONS = [(torch.float32, "", 2e-4, 1e-5, 1e-4), (torch.float64, "_f64", 1e-10, 1e-10, 1e-10)]
+# dtype: ending of the reference's names, tolerances of log-probabilities, losses and gradients
+PRECISIONS = {torch.float32: ("", 2e-4, 1e-5, 1e-4), torch.float64: ("_f64", 1e-10, 1e-10, 1e-10)}
 N, G, P, L = 3, 4, 6, 5
 
 
@@ -52,21 +52,25 @@ def test_advantages_equal_the_reference():
         assert worst(group_advantages(rewards).flatten(), torch.tensor(row["advantages"])) < 1e-6
     data = tensors("grpo/grpo.safetensors")
     assert worst(group_advantages(data["rewards"].view(2, 3)).flatten(), data["advantages"]) < 1e-6
+    for value in (0.0, 0.7, 2.2, -1 / 3):
+        assert (group_advantages(torch.full((2, 7), value)).abs() <= 4e-7 * abs(value)).all()
 
 
-@pytest.mark.parametrize("dtype, suffix, tolerance, _, __", PRECISIONS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
 @torch.no_grad()
-def test_log_probabilities_equal_the_reference(dtype, suffix, tolerance, _, __):
+def test_log_probabilities_equal_the_reference(dtype):
     data, model = tensors("grpo/grpo.safetensors"), reference_model("llada_mha", dtype)
+    suffix, tolerance, _, _ = PRECISIONS[dtype]
     for masked, expected in zip(data["is_mask_prompt"], data[f"cfg0.policy_logps{suffix}"]):  # a mask per completion
         logps = one_step_logps(model, data["prompt_ids"], masked, data["completion_ids"][:, None], MASK_ID)
         assert worst(logps[:, 0], expected) < tolerance
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype, suffix, _, loss_tolerance, gradient_tolerance", PRECISIONS)
-def test_losses_and_gradients_of_rl_equal_the_reference(case, dtype, suffix, _, loss_tolerance, gradient_tolerance):
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_losses_and_gradients_of_rl_equal_the_reference(case, dtype):
     data, meta = tensors("grpo/grpo.safetensors"), CASES[case]
+    suffix, _, loss_tolerance, gradient_tolerance = PRECISIONS[dtype]
     model = LLaDA.from_pretrained(GOLDEN / "llada_mha", dtype=dtype)
     k = data["mask_seeds"].tolist().index(meta["mask_seed"])
     completions = data["completion_ids"][:, None]  # (N, G, L) with a mask for each completion: N = 6, G = 1
@@ -94,9 +98,9 @@ def test_losses_and_gradients_of_rl_equal_the_reference(case, dtype, suffix, _, 
 
 
 @pytest.mark.parametrize("variant", ["d1", "pretrain"])
-@pytest.mark.parametrize("dtype, suffix, _, loss_tolerance, gradient_tolerance", PRECISIONS)
-def test_losses_and_gradients_of_sft_equal_the_reference(
-        variant, dtype, suffix, _, loss_tolerance, gradient_tolerance):
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_losses_and_gradients_of_sft_equal_the_reference(variant, dtype):
+    suffix, _, loss_tolerance, gradient_tolerance = PRECISIONS[dtype]
     data, model = tensors("sft/sft.safetensors"), LLaDA.from_pretrained(GOLDEN / "llada_mha", dtype=dtype)
     ids, noised = data["input_ids"], data[f"{variant}.noisy_ids"]  # (3, 40)
     masked = noised != ids
@@ -197,16 +201,6 @@ def test_padded_prompts_and_neighbours_change_nothing():
     assert worst(together, one_step_logps(model, prompt, masked, completions, MASK_ID)) > 0.1
 
 
-@torch.no_grad()
-def test_bfloat16_logits_are_scored_in_float32():
-    model, (prompt, masked, completions) = reference_model("llada_mha", torch.bfloat16), draw_batch()
-    logps = one_step_logps(model, prompt, masked, completions, MASK_ID)
-    rows = torch.cat([prompt.masked_fill(masked, MASK_ID), torch.full((N, L), MASK_ID)], -1)  # (N, T)
-    keep = torch.arange(P, P + L).expand(N, L)
-    expected = model(rows, keep=keep).float().log_softmax(-1).gather(-1, completions.transpose(1, 2))
-    assert worst(logps, expected.transpose(1, 2)) < 1e-6
-
-
 # ---------------------------------------------------------------- the loss
 
 def draw_numbers(seed=0):
@@ -254,18 +248,10 @@ def test_losses_gradients_and_statistics_of_parts_add_up():
 
 
 def test_kl_is_zero_at_the_reference_and_positive_elsewhere():
-    logps, _, ref, _, _ = draw_numbers(3)
+    logps, _, ref, _, mask = draw_numbers(3)
     assert (kl_k3(logps, logps) == 0).all() and (kl_k3(logps, ref) > 0).all()
-    assert worst(kl_k3(logps, ref), (ref - logps).exp() - 1 - (ref - logps)) < 1e-14
-    everything = torch.ones(N, G, L, dtype=torch.bool)
-    loss, gradient, stats = differentiate(logps, logps, logps, torch.zeros(N, G), everything, 0.2, 9.0, 1)
+    loss, gradient, stats = differentiate(logps, logps, logps, torch.zeros(N, G), mask, 0.2, 9.0, 1)
     assert loss == 0 and stats["kl"] == 0 and (gradient == 0).all()
-
-
-@pytest.mark.parametrize("value", [0.0, 0.7, 2.2, -1 / 3])
-def test_equal_rewards_have_no_advantage(value):
-    for group_size in (2, 3, 7):
-        assert (group_advantages(torch.full((2, group_size), value)).abs() <= 4e-7 * abs(value)).all()
 
 
 @pytest.mark.parametrize("size", [80.0, 1e4, math.inf])

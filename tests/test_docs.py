@@ -1,4 +1,4 @@
-"""README and docs keep their word: links resolve, commands parse, functions and options exist, and the README is short."""
+"""README and docs keep their word: links resolve, commands parse, functions and options exist, the README is short."""
 import importlib
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The experiments: their commands are sound, and results are collected as the tables say. What measures, measures right."""
+"""The experiments: their commands are sound, results are collected as the tables say. And what measures is right."""
 import json
 import shlex
 

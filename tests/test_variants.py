@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import itertools
+import json
 import runpy
 import sys
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from data import countdown
 from model import LLaDA
 from parallel import Processes
 from train_grpo import Rollout, diffu_grpo, draw_prompt_masks
-from variants import estimators, grpo, llada_loss, objectives
+from variants import estimators, evaluate, grpo, llada_loss, llada_sampler, objectives
 
 ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
 P, L, MASK = 2, 3, 3  # symbols 0, 1, 2; canvases of five tokens: 4 ** 5 of them
@@ -175,11 +176,11 @@ def test_shared_and_own_prompt_masks_are_those_of_a_pass_for_each(rollout):
 def test_fixed_masks_are_the_same_for_all_prompts_updates_and_steps():
     attn_mask = torch.arange(400) >= torch.tensor([[0], [100]])
     rollout = make_rollout(torch.zeros(2, 400), attn_mask=attn_mask)
-    args = parse("--estimator fixed_masks --p_mask_prompt 0.3")
+    args = parse("--estimator fixed_masks --p_mask_prompt 0.9")
     masks, later = (estimators.draw_fixed_masks(rollout, step, args, ALONE) for step in (0, 9))
     assert masks.shape == (4, 2, 400) and torch.equal(masks, later) and torch.equal(masks[0], masks[3])
     assert torch.equal(masks[0, 0, :300], masks[0, 1, 100:]) and not masks[0, 1, :100].any()
-    assert abs(float(masks[0, 0].float().mean()) - 0.3) < 0.08
+    assert abs(float(masks[0, 0].float().mean()) - 0.9) < 0.08
 
 
 @pytest.mark.parametrize("name, low, high", [("random_mask", 0, 1), ("coupled", 0.2, 0.8)])
@@ -254,7 +255,7 @@ def test_a_token_that_does_not_count_cannot_overflow_and_equal_rewards_teach_not
     logps, old, ref, rollout = draw_numbers(0)
     objective = objectives.OBJECTIVES[name]
     loss, _ = objective(logps, old, ref, rollout, None, ARGS)
-    far = [torch.where(rollout.mask, x.detach(), value) for x, value in ((logps, 1e3), (old, -1e3), (ref, 1e4))]
+    far = [torch.where(rollout.mask, x.detach(), value) for x, value in ((logps, -1e3), (old, 1e3), (ref, 1e4))]
     far[0].requires_grad_()
     loud, _ = objective(*far, rollout, None, ARGS)
     torch.testing.assert_close(loud, loss)
@@ -341,6 +342,8 @@ def test_a_run_records_the_options_that_it_reads_and_has_a_folder_of_its_own():
     args = parse("--estimator trajectory --objective wd1 --threshold 0.9 --gen_length 24")
     assert args.out == "runs/grpo-countdown-trajectory-wd1" and args.diffusion_steps == 24 and args.snapshots == 4
     assert not {"p_mask_prompt", "masks_per_prompt", "epsilon"} & vars(args).keys()
+    for options in ("--gumbel_bfloat16", "--gumbel_bfloat16 --threshold 0.9"):
+        assert evaluate.pick_generate(parse(options)).keywords["choose"] is llada_sampler.gumbel_bfloat16
 
 
 @pytest.mark.parametrize("dtype, suffix, tolerance", [(torch.float32, "", 1e-4), (torch.float64, "_f64", 1e-10)])
@@ -358,9 +361,11 @@ def test_losses_and_gradients_of_sft_equal_those_of_llada(dtype, suffix, toleran
 
 
 def test_the_sft_program_trains_with_the_weights_of_llada(tmp_path, monkeypatch):
-    options = "--task countdown --steps 1 --batch_size 16 --count 100 --device cpu --out".split()
-    train_sft.main(train_sft.parse_args([*options, str(tmp_path / "d1")]))
-    monkeypatch.setattr(sys, "argv", ["llada_loss.py", *options, str(tmp_path / "llada")])
+    lines = [json.dumps({"prompt": "Hi " * (1 + i % 9), "completion": "Yes"}) for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    options = f"--data {tmp_path}/rows.jsonl --steps 1 --batch_size 8 --device cpu --out {tmp_path}/"
+    train_sft.main(train_sft.parse_args(f"{options}d1".split()))
+    monkeypatch.setattr(sys, "argv", ["llada_loss.py", *f"{options}llada".split()])
     runpy.run_path(str(ROOT / "variants" / "llada_loss.py"), run_name="__main__")
     losses = [read_rows(tmp_path / name / "metrics.jsonl")[1]["loss"] for name in ("d1", "llada")]
     assert losses[0] != losses[1]

@@ -5,13 +5,14 @@
     python tools/benchmark.py --size 8b            LLaDA-8B's shape, random weights, bfloat16: for a GPU of 80 GB
 
 Both sides run by turns in one process, and a ratio is that of their medians. They share the network, so it is the
-algorithm that is compared. Each draws its own noise: the transcription from one generator over all logits, ours per row.
-"fast" is approximate: variants/fast_dllm.py with both caches and threshold 0.9. "limit" is the arithmetic of ours (its
-matrix products, counted by torch) over what this machine does in the same time when it multiplies large matrices.
+algorithm that is compared. Each draws its own noise: the transcription from one generator over all logits, ours per
+row. "fast" is approximate: variants/fast_dllm.py with the dual cache and threshold 0.9. "limit" is the arithmetic of
+ours (its matrix products, counted by torch) over what this machine does in the same time when it multiplies large
+matrices.
 
-The embedded model runs its own settings, completions of 32 tokens in blocks of 8, on its own problems, whose rows leave
-after EOS. With the vocabulary of LLaDA-8B (random weights, so no row leaves) a case is an average step of a canvas of
-d1, 200 + 256 tokens in blocks of 32, which finds 17 masked.
+The embedded model runs its own settings, completions of 32 tokens in blocks of 8, on its own problems, whose rows
+leave after EOS. With the vocabulary of LLaDA-8B (random weights, so no row leaves) a case is an average step of a
+canvas of d1, 200 + 256 tokens in blocks of 32, which finds 17 masked.
 """
 import argparse
 import contextlib
@@ -19,6 +20,7 @@ import copy
 import functools
 import json
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +67,10 @@ class Case:
 
 def build_model(device, dtype, **changes):
     """The embedded model's network with other sizes and random weights."""
-    config = Config.from_folder(TINY)
-    vars(config).update(changes)
-    config.head_dim = config.d_model // config.n_heads
-    with torch.device("meta"):
-        model = LLaDA(config).to(dtype)
+    raw = json.loads((TINY / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        Path(folder, "config.json").write_text(json.dumps(raw | changes))
+        model = LLaDA(Config.from_folder(folder)).to(dtype)
     init_weights(model.to_empty(device=device), generator("benchmark"))
     return model.eval()
 
@@ -237,7 +238,7 @@ def cases_8b(device, dtype, quick, shape=FULL_8B, prompt_length=200):
 
 
 def time_rows(case, times, peak, device):
-    """The rows of a case for the table: ours, and the fast variant, beside the published side. peak: None: no limit."""
+    """The rows of a case for the table: ours, and the fast variant, beside the published side. peak may be None."""
     rows = []
     for name in list(case.works)[1:]:
         work, ratio = case.works[name], times["published"] / times[name]

@@ -104,7 +104,7 @@ def run(command, out, threads):
 
 
 def run_all(plans, jobs):
-    """Run every command of every plan once: all first commands, then all second ones, since these build on the first."""
+    """Run every command of every plan once: all first commands, then all second ones, which build on them."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         for stage in range(max(map(len, plans))):
@@ -186,7 +186,7 @@ def show(collected):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: both, or countdown alone where it suffices")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: both, or countdown where it suffices")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores")
     parser.add_argument("--rows", nargs="+", help="only these; no file is written")
@@ -194,9 +194,11 @@ def parse_args(argv=None):
 
 
 def main(args):
-    rows = {row: commands for row, commands in EXPERIMENTS[args.experiment].items() if not args.rows or row in args.rows}
-    if not rows:
-        raise SystemExit(f"error: --rows {' '.join(args.rows)}: choose from {', '.join(EXPERIMENTS[args.experiment])}")
+    all_rows = EXPERIMENTS[args.experiment]
+    unknown = set(args.rows or ()) - set(all_rows)
+    if unknown:
+        raise SystemExit(f"error: --rows {' '.join(unknown)}: choose from {', '.join(all_rows)}")
+    rows = {row: all_rows[row] for row in args.rows or all_rows}
     tasks = args.tasks or (("countdown",) if args.experiment in ("ablations", "samplers") else TASKS)
     plans = [resolve(commands, task, seed) for commands in rows.values() for task in tasks for seed in args.seeds]
     run_all(plans, args.jobs)

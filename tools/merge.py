@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -63,10 +63,11 @@ def load_adapter(model, folder):
 
 
 def open_tensors(path):
-    """safetensors.safe_open, where a missing file ends the program in one line."""
-    if not path.is_file():
-        raise SystemExit(f"error: {path}: no such file: name the folder of a checkpoint, such as RUN/step_000020")
-    return safe_open(path, framework="pt")
+    """safetensors.safe_open, where a file that it cannot read ends the program in one line."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"error: {path}: {error}: is the download complete?") from None
 
 
 def fold_in(modules, factors, tensors):
@@ -130,6 +131,8 @@ def merge(base, trained, out):
     folder, trained, out = find_checkpoint(base), Path(trained), Path(out)
     if out.exists():
         raise SystemExit(f"error: {out} exists already: remove it, or name a new folder")
+    if not any(trained.glob("*.safetensors")):
+        raise SystemExit(f"error: {trained} holds no weights: name a checkpoint, such as RUN/step_000020")
     with torch.device("meta"):
         model = LLaDA(Config.from_folder(folder))
     load_weights(model, folder)  # of shapes alone: every tensor is checked, none is kept

@@ -3,8 +3,7 @@
     python tools/plan.py train_grpo --task countdown --model tests/llada_8b --gpus 8
     python tools/plan.py train_sft --task s1k --model tests/llada_8b --gpus 8 --lora_r 0
 
-All further options are those of the script. Of a hub id nothing but config.json is downloaded. Rollouts count in full:
-a completion that ends early costs less.
+All further options are those of the script. Rollouts count in full: a completion that ends early costs less.
 """
 import argparse
 import sys
@@ -121,7 +120,7 @@ class Plan:
         """{what: bytes} on each GPU in a step, by the names of MEMORY. What is small is left out, such as ids."""
         update, shards = self.passes["update"], self.gpus // self.args.replicas
         tokens = update.rows * update.length
-        left_out = 1 - update.scored / update.length if update.is_narrow else 0
+        scored = update.scored if update.is_narrow else update.length  # in SFT a row may be masked throughout
         trained = 4 * self.trained / shards
         frozen = self.itemsize * self.base / shards
         memory = {
@@ -130,9 +129,9 @@ class Plan:
             "optimizer": 2 * trained,
             "reference": frozen if self.has_copy else 0,
             # of the last block only the tokens that it computes
-            "activations": tokens * self.activations_of_token() * (self.config.n_layers - left_out),
+            "activations": tokens * self.activations_of_token() * (self.config.n_layers - 1 + scored / update.length),
             "block": tokens * self.itemsize * 3 * self.M,
-            "logits": 12 * min(HEAD_CHUNK, update.rows * update.scored * self.V),
+            "logits": 12 * min(HEAD_CHUNK, update.rows * scored * self.V),
             "gathered": self.gathered_in_update(),
         }
         if self.args.checkpoint_activations:  # only the inputs of the blocks are kept, then a block runs again
@@ -171,8 +170,8 @@ class Plan:
         # numbers of a token in a block at its widest, where an adapter's product stands beside its matrix's
         widest = 5 * self.C + 2 * self.KV + (3 if self.trains_all else 4) * self.M
         in_block = passes.rows * passes.length * self.itemsize * widest
-        # of a position: its logits, and the sampler's copies of them
-        in_sampler = passes.rows * passes.scored * self.V * (self.itemsize + 24)
+        # the sampler has two copies of the logits in float32 and two in float64
+        in_sampler = passes.rows * passes.scored * self.V * 24
         of_reference = self.two_blocks if self.has_copy and self.gpus > 1 else 0
         gathered = self.itemsize * (self.base + self.adapters) if self.is_sharded else 0
         return gathered + max(in_block, in_sampler, of_reference)
@@ -236,7 +235,8 @@ def print_memory(plan, gib):
         print(f"{name:>12} {memory[name] / GIB:9.2f}  {words}")
     fits = memory["peak"] < room
     print(f"{'fits' if fits else 'DOES NOT FIT'} in {gib:g} GiB with {SPARE_GIB} left to CUDA, NCCL and gaps")
-    for words, other in () if fits else alternatives(plan).items():
+    others = {} if fits else alternatives(plan)
+    for words, other in others.items():
         peak = other.memory()["peak"]
         if peak < memory["peak"]:
             print(f"  {words:<25} {peak / GIB:7.2f}{', fits' if peak < room else ''}")

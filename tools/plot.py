@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from statistics import mean
 
-METRICS = ("held_out_accuracy", "held_out_greedy", "held_out_loss", "reward", "loss", "kl")
+METRICS = ("held_out_accuracy", "held_out_greedy", "held_out_loss", "reward", "kl", "loss")
 ASIDE = {"seed", "out", "resume", "save_every", "device", "timeout"}  # options that no label names
 DASHES = ("-", "--", ":", "-.")  # with the shade they tell lines apart in grey
 

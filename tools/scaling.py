@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tools/scaling.py --json FILE
 
 One size changes, the others stay; a small model with random weights; CPU seconds of this process (so that what else
-runs hardly counts), or a GPU's wall clock. "arithmetic" is the exponent of the matrix products as torch counts them, on
-a CPU without attention. Time has less where small operations cost the same at any size, and more where attention
+runs hardly counts), or a GPU's wall clock. "arithmetic" is the exponent of the matrix products as torch counts them,
+on a CPU without attention. Time has less where small operations cost the same at any size, and more where attention
 tells. "last" is the exponent between the two largest sizes, where fixed costs count least.
 """
 import argparse
@@ -56,7 +56,7 @@ def run_cost(work, device):
 
 
 def least_cost(work, device, repeats):
-    """The least of some runs after a first run, since noise only adds; the first run where it takes over two seconds."""
+    """The least of some runs, since noise only adds, after a first run, which counts if it takes over two seconds."""
     first = run_cost(work, device)
     return first if first > 2 else min(run_cost(work, device) for _ in range(repeats))
 
@@ -74,7 +74,7 @@ def fit(make, name, sizes, device, repeats):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write sizes, seconds and exponents there")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each size, one run if it takes over two seconds")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each size, one where it takes long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
