@@ -4,7 +4,6 @@ Stage one is masked SFT: `forward_process`, `sft_weights`. Stage two is diffu-GR
 `group_advantages`, `diffu_grpo_loss`. Shapes: N prompts of P tokens, G completions of L tokens for
 each, T = P + L; B rows of T tokens in SFT. Randomness comes in as an argument.
 """
-import functools
 import hashlib
 
 import torch
@@ -19,13 +18,10 @@ def generator(*key):
 
 def draw_indices(size, step, count, seed):
     """The `count` dataset indices of a step. Each epoch has its own order, so no state is kept."""
-    places = [divmod(i, size) for i in range(step * count, (step + 1) * count)]
-    return [epoch_order(size, seed, epoch)[offset] for epoch, offset in places]
-
-
-@functools.lru_cache(maxsize=4)  # the steps of an epoch share one permutation
-def epoch_order(size, seed, epoch):
-    return torch.randperm(size, generator=generator(seed, "order", epoch)).tolist()
+    epoch, start = divmod(step * count, size)
+    epochs = range(epoch, epoch + 1 + (start + count - 1) // size)  # more than one at its end
+    orders = [torch.randperm(size, generator=generator(seed, "order", epoch)) for epoch in epochs]
+    return torch.cat(orders)[start:start + count].tolist()
 
 
 # ---------------------------------------------------------------- masked SFT

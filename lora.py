@@ -3,7 +3,6 @@
 tools/merge.py folds a trained adapter into its base.
 """
 import contextlib
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from model import copy_into, gather_tensors, load_tensors, load_weights, save_weights
+from model import copy_into, gather_tensors, load_tensors, load_weights, save_weights, write_json
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 ADAPTER = "adapter_model.safetensors"
@@ -27,9 +26,8 @@ class LoRALinear(nn.Linear):
         self.active = True
         # float32 over a bfloat16 base, too: in eight bits of mantissa steps of 3e-6 would vanish
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        A, B = torch.empty(r, linear.in_features), torch.empty(linear.out_features, r)
-        self.lora_A = nn.Parameter(A.to(linear.weight.device, dtype))
-        self.lora_B = nn.Parameter(B.to(linear.weight.device, dtype))
+        self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(linear.weight.new_empty(linear.out_features, r, dtype=dtype))
 
     def forward(self, x):
         y = F.linear(x, self.weight)
@@ -97,7 +95,7 @@ def save_adapter(model, folder, base, is_writer=True):
               "lora_alpha": first.alpha, "target_modules": pattern, "inference_mode": True}
     tensors = gather_tensors(adapter_parameters(model), is_writer)
     if is_writer:
-        Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(Path(folder, "adapter_config.json"), config)
         save_file(tensors, Path(folder, ADAPTER), metadata={"format": "pt"})
 
 

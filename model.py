@@ -4,7 +4,9 @@ A LLaMA-style network with two differences: attention is bidirectional, and logi
 i, not i + 1. Parameters have the names of the published checkpoints. Everything on the disk is
 safetensors and JSON; no pickle is opened, and no code of a checkpoint is run.
 """
+import functools
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 HEAD_CHUNK = 2 ** 26  # logits that exist at a time while tokens are scored: 0.25 GB in float32
 MAX_SHARD_BYTES = 5_000_000_000
+recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 SUPPORTED = {  # fields that would change the network, with the value of every published LLaDA
     "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "rope": True,
     "activation_type": "silu", "rope_full_precision": True, "layer_norm_with_affine": True,
@@ -44,8 +47,8 @@ class Config(SimpleNamespace):
                 raise SystemExit(f"error: {path}: {name} is not {value!r}, which alone is supported")
         config.n_kv_heads = raw.get("n_kv_heads") or raw.get("n_heads")
         config.embedding_size = raw.get("embedding_size") or raw.get("vocab_size")
-        config.mlp_hidden_size = raw.get("mlp_hidden_size") or (
-            raw.get("mlp_ratio", 0) * raw.get("d_model", 0))
+        mlp_size = raw.get("mlp_ratio", 0) * raw.get("d_model", 0)
+        config.mlp_hidden_size = raw.get("mlp_hidden_size") or mlp_size
         for name in NEEDED:
             value = getattr(config, name, None)
             if type(value) not in (int, float) or not value >= 0:
@@ -71,11 +74,9 @@ def token_logps(x, head, targets):
     tokens = targets if targets.dim() == x.dim() else targets[..., None]  # (..., G)
     size = max(1, HEAD_CHUNK // len(head))
     chunks = list(zip(x.flatten(0, -2).split(size), tokens.flatten(0, -2).split(size)))
-    if len(chunks) == 1:  # the backward pass needs all logits at once in any case
-        logps = [score(*chunks[0])]
-    else:
-        logps = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False)
-                 for chunk in chunks]
+    if len(chunks) > 1:  # else the backward pass needs all logits at once in any case
+        score = functools.partial(recompute, score)
+    logps = [score(*chunk) for chunk in chunks]
     return torch.cat(logps).view(targets.shape).clone()  # FSDP wants an output that is no view
 
 
@@ -177,8 +178,7 @@ class LLaDA(nn.Module):
         """
         net, config, length = self.model["transformer"], self.config, ids.shape[1]
         if length > config.max_sequence_length:
-            raise ValueError(f"{length} tokens exceed max_sequence_length "
-                             f"{config.max_sequence_length}")
+            raise ValueError(f"{length} tokens exceed max_sequence_length {config.max_sequence_length}")
         cos, sin = rope_tables(length, config.head_dim, config.rope_theta, ids.device)  # (T, D)
         if attn_mask is not None:
             attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): all queries see the same keys
@@ -213,8 +213,8 @@ def find_checkpoint(name):
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:  # ValueError: not of the form of an id
-        raise SystemExit(f"error: --model {name}: no such folder, and not to be had from the hub "
-                         f"({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: --model {name}: no such folder, nor on the hub: {reason}") from None
 
 
 def read_json(path):
@@ -223,6 +223,18 @@ def read_json(path):
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SystemExit(f"error: {path}: expected a JSON object ({error})") from None
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def sync(path):
+    """Force a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 @torch.no_grad()
@@ -239,27 +251,26 @@ def load_tensors(parameters, folder, single="model.safetensors"):
 
     Exits naming a tensor that is missing, unexpected, misshaped or not finite.
     """
-    index, files, stored = Path(folder, f"{single}.index.json"), {single}, {}
-    if index.is_file():
-        files = set(read_json(index).get("weight_map", {}).values())
-    for file in files:
+    index = Path(folder, f"{single}.index.json")
+    files = read_json(index)["weight_map"].values() if index.is_file() else [single]
+    stored = {}
+    for file in set(files):
         path = Path(folder, Path(file).name)  # never a file outside the folder
         try:
             tensors = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise SystemExit(f"error: {path}: {error}: an incomplete download, a Git-LFS pointer "
-                             "(git lfs pull), or a pickle (refused: convert it)?") from None
+            hint = "incomplete (git lfs pull), or a pickle (convert it to safetensors)?"
+            raise SystemExit(f"error: {path}: {error}: {hint}") from None
         stored |= dict.fromkeys(tensors.keys(), tensors)
     for name in sorted(stored.keys() | parameters.keys()):
         shape = stored[name].get_slice(name).get_shape() if name in stored else "missing"
         needed = list(parameters[name].shape) if name in parameters else "no such tensor"
         if shape != needed:
             raise SystemExit(f"error: {folder}: {name} is {shape}, the model needs {needed}")
-    for name, parameter in parameters.items():
         tensor = stored[name].get_tensor(name)
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise SystemExit(f"error: {folder}: {name} holds NaN, Inf or whole numbers")
-        copy_into(parameter, tensor)
+        copy_into(parameters[name], tensor)
 
 
 def load_weights(model, folder):
@@ -271,11 +282,9 @@ def gather_tensors(parameters, is_writer=True):
     """{name: full tensor on the CPU} of {name: parameter}. All processes call it, one keeps them."""
     tensors = {}
     for name, parameter in parameters.items():
-        tensor = parameter.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if is_writer:
-            tensors[name] = tensor.cpu()
+            tensors[name] = full.detach().cpu()
     return tensors
 
 
@@ -284,5 +293,5 @@ def save_weights(model, folder, is_writer=True):
     from huggingface_hub import save_torch_state_dict  # slow to import
     tensors = gather_tensors(dict(model.named_parameters()), is_writer)
     if is_writer:
-        Path(folder, "config.json").write_text(json.dumps(model.config.raw, indent=2) + "\n")
+        write_json(Path(folder, "config.json"), model.config.raw)
         save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_BYTES)

@@ -4,7 +4,6 @@ Without torchrun there is one process, nothing communicates, and a model stays a
 """
 import contextlib
 import functools
-import math
 import os
 import signal
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-STOPPED = 143  # exit code of a program that a signal ended: the shell's for SIGTERM
+from model import recompute
+
 DEVICE_OPTIONS = {  # for the columns see run.PRESETS
     "device": ("", "", "cuda, cuda:1 or cpu; or else a GPU where there is one"),
     "dtype": ("", "", "of the computation: float32, bfloat16; or else bfloat16 on a GPU"),
@@ -32,8 +31,8 @@ COUNTS = {"steps", "prompts_per_step", "batch_size", "num_iterations", "microbat
           "rollout_batch", "replicas"}  # options that must be at least 1
 
 
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C asked the program to end."""
+class Stopped(SystemExit):
+    """SIGTERM or Ctrl-C asked the program to end. 143 is a shell's exit code for that."""
 
 
 @dataclass
@@ -48,10 +47,6 @@ class Processes:
     @property
     def is_main(self):
         return self.rank == 0
-
-    @property
-    def device_name(self):
-        return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
 
     def share(self, count, option):
         """This process's part of range(count), which must divide. option: its name for the user."""
@@ -77,6 +72,10 @@ class Processes:
         if self.is_main:
             tqdm.write(text)
 
+    def bar(self, *args, **options):
+        """A progress bar, on the main process, and there on a terminal alone."""
+        return tqdm(*args, disable=None if self.is_main else True, **options)
+
     def note_signal(self, number, frame):
         self.stop_wanted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
@@ -84,7 +83,7 @@ class Processes:
     def check_stop(self, *_):
         """Raise Stopped where a signal came. To be called often, within `stoppable`."""
         if self.stop_wanted:
-            raise Stopped
+            raise Stopped(143)
 
     @contextlib.contextmanager
     def stoppable(self):
@@ -92,7 +91,7 @@ class Processes:
         with contextlib.suppress(Stopped):
             yield
         if self.sum(self.stop_wanted):
-            raise Stopped
+            raise Stopped(143)
 
 
 @contextlib.contextmanager
@@ -113,11 +112,8 @@ def processes(args):
         signal.signal(number, procs.note_signal)
     try:
         yield procs
-    except Stopped:
-        raise SystemExit(STOPPED) from None
     except torch.OutOfMemoryError as error:
-        error.add_note("What helps: a smaller --rollout_batch or --microbatch, a smaller --lora_r, "
-                       "--checkpoint_activations, more processes. tools/plan.py tells what fits.")
+        error.add_note("Lower --rollout_batch or --microbatch; tools/plan.py tells what fits.")
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -132,9 +128,8 @@ def pick_device(name):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit(f"error: --device {name}: torch sees no GPU here, use --device cpu")
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(local_rank if device.index is None else device)
     return device
 
 
@@ -151,18 +146,16 @@ def parallelise(model, args, procs):
     if args.compile:
         compile_blocks(model)
     if args.checkpoint_activations:
-        recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for block in model.blocks:
             block.forward = functools.partial(recompute, block.forward)
     if procs.world == 1:
         return
     if procs.world % args.replicas:
         raise SystemExit(f"error: --replicas {args.replicas} does not divide {procs.world} processes")
-    shape, names = (procs.world,), ("shard",)
-    if args.replicas > 1:  # HSDP: only gradients travel between the copies of the model
-        shape = args.replicas, procs.world // args.replicas
-        names = "replicate", "shard"
+    shape, names = (args.replicas, procs.world // args.replicas), ("replicate", "shard")
     mesh = dist.device_mesh.init_device_mesh(procs.device.type, shape, mesh_dim_names=names)
+    if args.replicas == 1:  # else HSDP: only gradients travel between the copies of the model
+        mesh = mesh["shard"]
     # cos and sin of the rotary embedding are inputs of a block, and stay in float32
     policy = MixedPrecisionPolicy(procs.dtype, torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
@@ -187,11 +180,10 @@ def gathered(model):
 def clip_and_step(optimizer, max_norm, loss, procs):
     """Clip the gradients, update, clear them. Returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not math.isfinite(norm):  # on all processes alike
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not norm.isfinite():  # on all processes alike
         losses = procs.gather([float(loss)])
-        raise SystemExit(f"error: gradient norm {norm}, losses by rank {losses}: stopped before the "
-                         "update, what is saved is intact")
+        raise SystemExit(f"error: gradient norm {norm}, losses by rank {losses}: nothing was updated")
     optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return norm.item()

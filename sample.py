@@ -9,20 +9,20 @@
     python sample.py --task countdown --watch         watch one problem being solved
     python sample.py --prompt "What is 7 * 3?"        answer
 """
+import functools
 import sys
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from d1 import completion_mask, generator
 from data import TASKS
 from data.tokenizer import Tokenizer
 from model import LLaDA, at_least_float32, find_checkpoint
 from parallel import DEVICE_OPTIONS, compile_blocks, processes
-from run import PRESETS, Run, make_parser
+from run import Run, make_parser
 
 SAMPLING = {  # option: (the authors' value for LLaDA-8B, the embedded model's, what it is)
     "gen_length": (256, 32, "tokens of a completion"),
@@ -149,21 +149,20 @@ def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generat
     forward pass; sampling: gen_length, diffusion_steps, block_length, temperature, on_step.
     """
     device = next(model.parameters()).device
-    canvases, rounds = [], []
+    batches = []
     for start in range(0, len(prompts), rollout_batch):
         batch = slice(start, start + rollout_batch)
         noise = draw_noise(keys[batch], sampling["diffusion_steps"], sampling["block_length"])
         prompt, attn_mask = pad_left(prompts[batch], tokenizer.eos_id, device)
-        x, committed_at = generate(model, prompt, attn_mask, noise.to(device), **sampling,
-                                   mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id)
-        canvases.append(x[:, prompt.shape[1]:])
-        rounds.append(committed_at[:, prompt.shape[1]:])
-    ids = torch.cat(canvases)  # (R, L)
+        canvas = generate(model, prompt, attn_mask, noise.to(device), **sampling,
+                          mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id)
+        batches.append(torch.stack(canvas)[:, :, prompt.shape[1]:])
+    ids, committed_at = torch.cat(batches, dim=1)  # (R, L) both
     counted = completion_mask(ids, tokenizer.eos_id)
     ids = ids.masked_fill(~counted, tokenizer.eos_id)
     lengths = (ids != tokenizer.eos_id).sum(-1)  # (R,)
     texts = [tokenizer.decode(row) for row in ids.tolist()]
-    return Completions(ids, torch.cat(rounds), lengths, texts)
+    return Completions(ids, committed_at, lengths, texts)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -188,13 +187,14 @@ def evaluate(model, tokenizer, task, examples, procs, seed, *, rollout_batch, **
     # the longest first: like lengths share a batch, and what exceeds the memory fails at once
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"]))
     order = order[procs.rank::procs.world]
-    rows, no_bar = [], None if procs.is_main else True
+    rows = []
     with procs.stoppable():
-        for start in tqdm(range(0, len(order), rollout_batch), "evaluate", False, disable=no_bar):
+        for start in procs.bar(range(0, len(order), rollout_batch), "evaluate", leave=False):
             batch = order[start:start + rollout_batch]
-            done = complete(model, tokenizer, [examples[i]["ids"] for i in batch],
-                            [(seed, "evaluate", i) for i in batch], rollout_batch=rollout_batch,
-                            on_step=procs.check_stop, **sampling)
+            prompts = [examples[i]["ids"] for i in batch]
+            keys = [(seed, "evaluate", i) for i in batch]
+            done = complete(model, tokenizer, prompts, keys, on_step=procs.check_stop,
+                            rollout_batch=rollout_batch, **sampling)
             for i, text, length, rounds in zip(batch, done.texts, done.lengths, done.committed_at):
                 rows.append({**examples[i], "index": i, "completion": text,
                              **task.score(text, examples[i]), "effective_tokens": int(length),
@@ -206,12 +206,6 @@ def evaluate(model, tokenizer, task, examples, procs, seed, *, rollout_batch, **
 
 # ---------------------------------------------------------------- command line
 
-def set_diffusion_steps(parser, glance):
-    """Let the default number of rounds keep its share of --gen_length: half, in data/tiny all."""
-    if glance.gen_length:
-        parser.set_defaults(diffusion_steps=glance.gen_length // (2 - PRESETS.index(glance.preset)))
-
-
 def sampling_options(args):
     """What `complete` needs of the options."""
     return {name: getattr(args, name) for name in (*SAMPLING, "temperature")}
@@ -219,9 +213,8 @@ def sampling_options(args):
 
 def new_parser(argv=None):
     """The options, with the defaults that apply to a command line."""
-    parser, glance = make_parser(argv, __doc__, OPTIONS)
+    parser, _ = make_parser(argv, __doc__, OPTIONS)
     parser.add_argument("--task", choices=sorted(TASKS), help="evaluate it, or watch one problem")
-    set_diffusion_steps(parser, glance)
     return parser
 
 
@@ -238,27 +231,25 @@ def load_problems(task, args, tokenizer, room, procs):
 COLOURS = (21, 27, 39, 51, 48, 46, 118, 190, 226, 220, 214, 208, 202, 196)  # blue to red, of 256
 
 
-def make_watcher(tokenizer, prompt_length, rounds):
-    """An `on_step` that draws the canvas: masks as shades, EOS as dots, tokens in colours."""
-    def show(x, committed_at):
-        canvas, on_terminal = "", sys.stdout.isatty()
-        steps = committed_at[0, prompt_length:].tolist()
-        for token, step in zip(x[0, prompt_length:].tolist(), steps):
-            symbol = {tokenizer.mask_id: "░", tokenizer.eos_id: "·"}.get(token)
-            text = symbol or tokenizer.decode([token])
-            if on_terminal and step >= 0:
-                text = f"\x1b[38;5;{COLOURS[step * len(COLOURS) // rounds]}m{text}\x1b[0m"
-            canvas += text
-        print("\x1b[2J\x1b[H" * on_terminal + f"{canvas}\nround {max(steps) + 1} of {rounds}")
-        time.sleep(0.08 * on_terminal)  # slow enough to see
-    return show
+def show(tokenizer, prompt_length, rounds, x, committed_at):
+    """Draw the canvas: masks as shades, EOS as dots, tokens in the colour of their round."""
+    canvas, on_terminal = "", sys.stdout.isatty()
+    steps = committed_at[0, prompt_length:].tolist()
+    for token, step in zip(x[0, prompt_length:].tolist(), steps):
+        symbol = {tokenizer.mask_id: "░", tokenizer.eos_id: "·"}.get(token)
+        text = symbol or tokenizer.decode([token])
+        if on_terminal and step >= 0:
+            text = f"\x1b[38;5;{COLOURS[step * len(COLOURS) // rounds]}m{text}\x1b[0m"
+        canvas += text
+    print("\x1b[2J\x1b[H" * on_terminal + f"{canvas}\nround {max(steps) + 1} of {rounds}")
+    time.sleep(0.08 * on_terminal)  # slow enough to see
 
 
 def answer(model, tokenizer, prompt, args, sampling):
     """Print the completion of a prompt, with --watch while it comes into being."""
     ids = tokenizer.encode_prompt(prompt)
     if args.watch:
-        sampling["on_step"] = make_watcher(tokenizer, len(ids), args.diffusion_steps)
+        sampling["on_step"] = functools.partial(show, tokenizer, len(ids), args.diffusion_steps)
     print(complete(model, tokenizer, [ids], [(args.seed, "answer")], **sampling).texts[0])
 
 

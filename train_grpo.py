@@ -10,7 +10,6 @@ It differs from the GRPO you know in three ways:
     torchrun train_grpo.py --task countdown            the embedded model, minutes on two CPU cores
     torchrun --nproc_per_node 8 train_grpo.py --task countdown --model GSAI-ML/LLaDA-8B-Instruct
 """
-import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from lora import adapters_off
 from parallel import PARALLEL_OPTIONS, clip_and_step, gathered, processes
 from run import RUN_OPTIONS, Run, make_parser
 from sample import (SAMPLING, check_schedule, complete, encode_prompts, evaluate, generate,
-                    pad_left, sampling_options, set_diffusion_steps)
+                    pad_left, sampling_options)
 
 OPTIONS = {  # option: (the authors' value for LLaDA-8B, the embedded model's, what it is)
     "problems": {
@@ -65,9 +64,8 @@ def new_parser(argv=None):
     """The options, with the defaults that apply to a command line."""
     parser, glance = make_parser(argv, __doc__, OPTIONS)
     parser.add_argument("--task", choices=sorted(TASKS), required=True)
-    set_diffusion_steps(parser, glance)
-    updates, mu = PAPER_UPDATES.get(*(glance.task or [""])[:1], (5000, 8))
     if glance.preset == "8b":
+        updates, mu = PAPER_UPDATES.get(glance.task, (5000, 8))
         parser.set_defaults(steps=math.ceil(updates / mu), num_iterations=mu)
     return parser
 
@@ -128,12 +126,13 @@ def grade(task, text, example, length):
 
 def draw_prompt_masks(rollout, step, args, procs):
     """Which prompt tokens each of the mu updates hides: (mu, N, P) bool. Padding is left alone."""
-    mu, masks = args.num_iterations, torch.zeros_like(rollout.attn_mask).repeat(args.num_iterations, 1, 1)
+    mu = args.num_iterations
+    masks = torch.zeros_like(rollout.attn_mask).repeat(mu, 1, 1)  # (mu, N, P)
     places = procs.share(args.prompts_per_step, "--prompts_per_step")
-    for n, (i, is_real) in enumerate(zip(places, rollout.attn_mask)):  # is_real (P,)
+    for i, mask, is_real in zip(places, masks.unbind(1), rollout.attn_mask):  # (mu, P) and (P,)
         random = generator(args.seed, "prompt mask", step, i)
         draws = torch.rand(mu, int(is_real.sum()), generator=random).to(procs.device)
-        masks[:, n, is_real] = draws < args.p_mask_prompt
+        mask[:, is_real] = draws < args.p_mask_prompt
     return masks
 
 
@@ -207,25 +206,22 @@ def load_prompts(run, args, procs):
     return examples, encode_prompts(held_out, run.tokenizer, room, procs)
 
 
-def evaluate_policy(run, model, held_out, args, procs, generate):
+def evaluate_policy(run, model, held_out, args, procs, generate=generate, **_):
     """Metrics on held-out problems at the rollout temperature, and the greedy accuracy."""
-    metrics = {}
+    task, metrics = TASKS[args.task], {}
     for temperature in (args.temperature, 0.0):
         sampling = sampling_options(args) | {"temperature": temperature, "generate": generate}
         with gathered(model):
-            means, _ = evaluate(model, run.tokenizer, TASKS[args.task], held_out, procs, args.seed,
-                                **sampling)
-        procs.print(f"step {run.step}: {means['accuracy']:.1%} of {len(held_out)} held-out problems "
-                    f"right at temperature {temperature}")
+            means, _ = evaluate(model, run.tokenizer, task, held_out, procs, args.seed, **sampling)
+        accuracy = means["accuracy"]
+        procs.print(f"step {run.step}: {accuracy:.1%} right on held-out problems at {temperature=}")
         metrics = metrics or {f"held_out_{name}": mean for name, mean in means.items()}
-        metrics["held_out_greedy"] = means["accuracy"]  # of the second round
+        metrics["held_out_greedy"] = accuracy  # of the second round
     return metrics
 
 
-def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo, generate=generate,
-         step=None):
-    """Train. What d1 does can be swapped, see `train_step`; `step` takes the place of all of it."""
-    methods = dict(draw=draw, log_probs=log_probs, objective=objective, generate=generate)
+def main(args, step=None, **methods):
+    """Train. methods: what d1 does, see `train_step`; `step` takes the place of all of it."""
     check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
     if args.temperature == 0 or args.group_size < 2:
         raise SystemExit("error: --temperature 0 and --group_size 1 leave no advantage to learn from")
@@ -234,15 +230,15 @@ def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
         run = Run("train_grpo", args, procs, may_change=["steps"])
         examples, held_out = load_prompts(run, args, procs)
         model, optimizer = run.load(betas=(0.9, 0.99))
-        reference = functools.partial(adapters_off, model)  # the frozen model below the adapters
+        frozen = model  # below its adapters
         if args.beta and not args.lora_r:
             frozen = run.load_model(is_trained=False)
-            reference = functools.partial(contextlib.nullcontext, frozen)
+        reference = functools.partial(adapters_off, frozen)
         procs.print(f"diffu-GRPO on {len(examples)} prompts of {args.task}")
         with run:
             for number in range(run.step, args.steps + 1):
                 if held_out and run.is_due(args.eval_every):
-                    metrics = evaluate_policy(run, model, held_out, args, procs, generate)
+                    metrics = evaluate_policy(run, model, held_out, args, procs, **methods)
                     run.log("metrics.jsonl", [metrics])
                 if number == args.steps:
                     break

@@ -3,8 +3,7 @@
     for each row: draw t ~ U(0, 1); replace every token of the completion by [MASK] with
     probability t; predict those tokens from the rest; weight their cross-entropy by 1 / t
 
-The prompt is never masked. The completion ends in EOS padding, which is trained as well: so the
-model learns to stop.
+The prompt is never masked. EOS padding ends the completion and is trained: the model learns to stop.
 
     python train_sft.py --task countdown sudoku            the embedded model, on demonstrations
     python train_sft.py --data rows.jsonl --model MODEL    your rows of "prompt" and "completion"
@@ -46,16 +45,10 @@ OPTIONS = {  # option: (the authors' value for LLaDA-8B, the embedded model's, w
 }
 
 
-def new_parser(argv=None):
-    """The options, with the defaults that apply to a command line."""
-    parser, _ = make_parser(argv, __doc__, OPTIONS)
-    parser.add_argument("--task", nargs="+", choices=sorted(DEMONSTRATIONS), default=[],
-                        help="whose demonstrations; d1: s1k")
-    return parser
-
-
 def parse_args(argv=None):
-    return new_parser(argv).parse_args(argv)
+    parser, _ = make_parser(argv, __doc__, OPTIONS)
+    parser.add_argument("--task", nargs="+", choices=DEMONSTRATIONS, default=[], help="d1: s1k")
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- rows
@@ -74,11 +67,10 @@ def encode_rows(examples, tokenizer, max_length, args, procs):
             ids += [tokenizer.eos_id] * (args.gen_length - (len(ids) - len(prompt)))
             rows.append((ids, len(prompt)))
     if too_long or len(rows) < len(examples):
-        procs.print(f"{too_long} rows of more than {max_length} tokens; skipped "
-                    f"{len(examples) - len(rows)} rows")
+        skipped = len(examples) - len(rows)
+        procs.print(f"{too_long} rows of more than {max_length} tokens; skipped {skipped} rows")
     if len(rows) <= args.batch_size:
-        raise SystemExit(f"error: {len(rows)} usable rows do not fill --batch_size "
-                         f"{args.batch_size} and a held-out row")
+        raise SystemExit(f"error: {len(rows)} usable rows do not exceed --batch_size {args.batch_size}")
     return rows
 
 
@@ -106,11 +98,11 @@ def draw_noise(ids, answer, keys, mask_id, u=None):
     """
     noised, masked, t = torch.empty_like(ids), torch.empty_like(answer), torch.empty(len(ids))
     for i, key in enumerate(keys):
-        row, row_generator = slice(i, i + 1), generator(*key)
-        draw = torch.rand(1, generator=row_generator)
+        row = slice(i, i + 1)
+        random = generator(*key)
+        draw = torch.rand(1, generator=random)
         t[row] = (1 - MIN_T) * (draw if u is None else u[row]) + MIN_T
-        noised[row], masked[row] = forward_process(ids[row], t[row], answer[row], mask_id,
-                                                   row_generator)
+        noised[row], masked[row] = forward_process(ids[row], t[row], answer[row], mask_id, random)
     return noised, masked, t
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import EOS_ID, GOLDEN, MASK_ID, reference_model, tensors, worst
 
 from d1 import (completion_mask, diffu_grpo_loss, draw_indices, forward_process, generator, group_advantages, kl_k3,
@@ -199,6 +200,15 @@ def test_padded_prompts_and_neighbours_change_nothing():
         alone = one_step_logps(model, prompt[row, pad:], masked[row, pad:], completions[row], MASK_ID)
         assert worst(together[row], alone) < 1e-6  # positions shift; the rotary tables are float32
     assert worst(together, one_step_logps(model, prompt, masked, completions, MASK_ID)) > 0.1
+
+
+@torch.no_grad()
+def test_bfloat16_logits_are_scored_in_float32():
+    model, (prompt, masked, completions) = reference_model("llada_mha", torch.bfloat16), draw_batch()
+    logps = one_step_logps(model, prompt, masked, completions, MASK_ID)
+    rows = F.pad(prompt.masked_fill(masked, MASK_ID), (0, L), value=MASK_ID)  # (N, T)
+    expected = model(rows)[:, P:].float().log_softmax(-1).gather(-1, completions.transpose(1, 2))
+    assert worst(logps, expected.transpose(1, 2)) < 1e-6
 
 
 # ---------------------------------------------------------------- the loss

@@ -9,7 +9,7 @@ from helpers import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 PROGRAM = r"(?:python|torchrun(?: --\w+ \S+)*) +([\w/]+\.py)(.*)"
-COMMANDS = sorted({found for text in TEXTS.values() for found in re.findall(PROGRAM, text.replace("\\\n", ""))})
+COMMANDS = sorted({command for text in TEXTS.values() for command in re.findall(PROGRAM, text.replace("\\\n", ""))})
 FOLDERS = (ROOT, ROOT / "variants", ROOT / "tools", ROOT / "data")
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in FOLDERS for path in folder.glob("*.py"))
 OF_TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown-timeout"}

@@ -38,7 +38,8 @@ def test_gumbel_noise_equals_the_reference(temperature):
 @pytest.mark.parametrize("case", [name for name, meta in META["cases"].items() if not meta["cfg_scale"]])
 @torch.no_grad()
 def test_log_probabilities_and_losses_equal_the_reference(case):
-    data, meta, model = tensors("grpo/grpo.safetensors"), META["cases"][case], reference_model("llada_mha", torch.float64)
+    data, meta = tensors("grpo/grpo.safetensors"), META["cases"][case]
+    model = reference_model("llada_mha", torch.float64)
     k, completions = data["mask_seeds"].tolist().index(meta["mask_seed"]), data["completion_ids"]
     logps = transcription.log_probs(model, data["prompt_ids"], data["is_mask_prompt"][k], completions, MASK_ID)
     assert worst(logps, data["cfg0.policy_logps_f64"][k]) < 1e-10
