@@ -143,15 +143,19 @@ def compile_blocks(model):
 
 def parallelise(model, args, procs):
     """Compile, recompute and shard the blocks of a model whose weights are on the meta device."""
+    if procs.world % args.replicas:
+        raise SystemExit(f"error: --replicas {args.replicas} does not divide {procs.world} processes")
     if args.compile:
         compile_blocks(model)
     if args.checkpoint_activations:
         for block in model.blocks:
             block.forward = functools.partial(recompute, block.forward)
-    if procs.world == 1:
+    # one process needs FSDP only to cast, where float32 weights are to compute in bfloat16
+    is_mixed = all(p.dtype != procs.dtype for p in model.parameters())
+    if procs.world == 1 and not is_mixed:
         return
-    if procs.world % args.replicas:
-        raise SystemExit(f"error: --replicas {args.replicas} does not divide {procs.world} processes")
+    if procs.world == 1:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     shape, names = (args.replicas, procs.world // args.replicas), ("replicate", "shard")
     mesh = dist.device_mesh.init_device_mesh(procs.device.type, shape, mesh_dim_names=names)
     if args.replicas == 1:  # else HSDP: only gradients travel between the copies of the model

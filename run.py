@@ -101,9 +101,10 @@ class Run:
             for name in sorted(before.keys() & options.keys() - may_change):
                 if before[name] != options[name]:
                     return f"was run with --{name} {before[name]}, a resumed run cannot change that"
-        commit = subprocess.getoutput(shlex.join(["git", "-C", str(TINY), "rev-parse", "HEAD"]))
+        git = shlex.join(["git", "-C", str(TINY), "rev-parse", "HEAD"])
+        status, commit = subprocess.getstatusoutput(git)
         write_json(path, {
-            "options": options, "command": shlex.join(sys.argv), "commit": commit,
+            "options": options, "command": shlex.join(sys.argv), "commit": commit * (status == 0),
             "torch": torch.__version__, "device": self.device, "processes": self.procs.world})
 
     def load(self, betas):
@@ -190,7 +191,12 @@ class Run:
 
     def restore(self):
         """Go on from the newest checkpoint, if any. Drops log lines behind it: they come again."""
-        whole = [folder for folder in checkpoints(self.out) if is_whole(folder)]
+        folders = checkpoints(self.out)
+        whole = [folder for folder in folders if is_whole(folder)]
+        if folders and not whole:
+            raise SystemExit(f"error: --out {self.out} has no whole checkpoint: remove the damaged")
+        if folders != whole:
+            self.procs.print(f"skipped {set(folders) - set(whole)}: damaged")
         for folder in self.procs.gather(whole[-1:])[:1]:  # all processes take the same
             load_trained(self.model, folder)
             state = optimizer_state(self.model, self.optimizer)

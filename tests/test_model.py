@@ -1,20 +1,34 @@
-"""model.py against the reference tensors (tests/golden/README.md) and against float64 and brute force."""
+"""model.py against the reference tensors (tests/golden/README.md), float64 and brute force; checkpoints in and out."""
 import json
+import os
+import shutil
+import stat
 import weakref
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, generator, reference_model, tensors, worst
+from helpers import GOLDEN, MASK_ID, ROOT, generator, reference_model, tensors, worst
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_module
-from model import Config, LLaDA, RMSNorm, apply_rope, rope_tables
+from model import Config, LLaDA, RMSNorm, apply_rope, find_checkpoint, rope_tables, save_weights
+from train_sft import init_weights
 
 MODELS = ("llada_mha", "llada_gqa")
-MASK_ID = 500
 IDS = torch.randint(480, (2, 11), generator=generator(5))
+SHARD, INDEX = "model-00002-of-00002.safetensors", "model.safetensors.index.json"
+UP = "model.transformer.blocks.1.up_proj.weight"  # lies in SHARD
 RAW = json.loads((GOLDEN / "llada_mha" / "config.json").read_text())
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of a golden checkpoint, two shards in bfloat16, that the test may damage."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "llada_mha", folder, ignore=shutil.ignore_patterns("*cases*", "*intermediates*"))
+    return folder
 
 
 def make_config(folder, removed=(), **changed):
@@ -85,7 +99,6 @@ def test_keep_equals_choosing_from_all_logits():
     logits = model(ids)  # (3, 24, 512)
     index = torch.randint(24, (3, 5), generator=generator())
     masked = ids == MASK_ID
-    assert worst(model(ids, keep=slice(4, 17)), logits[:, 4:17]) < 1e-12
     assert worst(model(ids, keep=index), logits.gather(1, index[..., None].expand(-1, -1, 512))) < 1e-12
     assert worst(model(ids, keep=masked), logits[masked]) < 1e-12
     assert model(ids, keep=torch.zeros_like(masked)).shape == (0, 512)
@@ -105,8 +118,8 @@ def test_a_block_with_a_cache_equals_the_plain_block(name):
     for start, end in ((0, 20), (9, 12), (5, 20), (0, 7)):
         part = x[:, start:end], cos[start:end], sin[start:end], attn_mask
         assert worst(block(*part, cache=(keys, values, start)), plain[:, start:end]) < 1e-10
-        kept = block(*part, keep=slice(1, 3), cache=(keys, values, start))
-        assert worst(kept, plain[:, start + 1:start + 3]) < 1e-10
+        chosen = block(*part, keep=torch.tensor([[1, 2]] * 3), cache=(keys, values, start))
+        assert worst(chosen, plain[:, start + 1:start + 3]) < 1e-10
     block(x[:, 9:12] + 1, cos[9:12], sin[9:12], attn_mask, cache=(keys, values, 9))
     changed = block(x[:, :7], cos[:7], sin[:7], attn_mask, cache=(keys, values, 0))
     assert worst(changed, plain[:, :7]) > 1e-3  # a changed part is seen by the next one
@@ -120,7 +133,7 @@ def test_a_too_long_input_is_a_plain_error():
 # ---------------------------------------------------------------- scoring tokens in chunks
 
 @pytest.mark.parametrize("tokens", [(), (3,)])
-@pytest.mark.parametrize("keep", [slice(3, 9), torch.tensor([[1, 5], [0, 9]]), IDS % 3 == 0, IDS < 0])
+@pytest.mark.parametrize("keep", [None, torch.tensor([[1, 5], [0, 9]]), IDS % 3 == 0, IDS < 0])
 @pytest.mark.parametrize("chunk", [1, 2 ** 26])
 def test_targets_give_the_log_softmax_of_the_logits(fresh, monkeypatch, keep, tokens, chunk):
     monkeypatch.setattr(model_module, "HEAD_CHUNK", chunk)  # a position at a time, all at once
@@ -158,11 +171,12 @@ def test_no_tensor_of_positions_times_vocabulary_exists(trained, monkeypatch, tm
     """8 rows, 300 tokens scored in each, V 20,000: 192 MB of logits in float32, 4 MB a chunk."""
     monkeypatch.setattr(model_module, "HEAD_CHUNK", 2 ** 20)
     config = make_config(tmp_path, n_layers=1, vocab_size=20_000, embedding_size=20_000, max_sequence_length=320)
-    model = LLaDA(config).init_weights(generator())
+    model = LLaDA(config)
     ids = torch.randint(480, (8, 320), generator=generator())
+    keep = torch.arange(20, 320).expand(8, -1)
     targets = torch.randint(480, (8, 300, 6), generator=generator())
     with torch.set_grad_enabled(trained), PeakBytes() as peak:
-        logps = model(ids, keep=slice(20, 320), targets=targets)
+        logps = model(ids, keep=keep, targets=targets)
         if trained:
             logps.sum().backward()
     assert 2 * 4 * 2 ** 20 < peak.most < 40e6  # 10 and 34 MB seen; without chunks 385 and 592
@@ -172,7 +186,7 @@ def test_no_tensor_of_positions_times_vocabulary_exists(trained, monkeypatch, tm
 
 @torch.no_grad()
 def test_tied_weights_equal_an_untied_head_with_the_same_values(tmp_path):
-    untied = LLaDA(make_config(tmp_path)).init_weights(generator())
+    untied = LLaDA(make_config(tmp_path))
     tied = LLaDA(make_config(tmp_path, weight_tying=True))
     head = "model.transformer.ff_out.weight"
     tied.load_state_dict({name: p for name, p in untied.state_dict().items() if name != head}, strict=True)
@@ -184,7 +198,7 @@ def test_init_weights_is_private_repeatable_and_smaller_into_the_residual(tmp_pa
     models = [LLaDA(make_config(tmp_path)) for _ in range(3)]  # nn.Linear itself draws from the global state
     state = torch.get_rng_state()
     for seed, model in zip((1, 1, 2), models):
-        model.init_weights(generator(seed))
+        init_weights(model, generator(seed))
     assert torch.equal(torch.get_rng_state(), state)
     one, two, other = (dict(model.named_parameters()) for model in models)
     wte, q_proj, down = (f"model.transformer.{n}.weight" for n in ("wte", "blocks.1.q_proj", "blocks.1.ff_out"))
@@ -216,11 +230,172 @@ def test_config_fills_in_nulls_and_keeps_the_file(tmp_path):
     assert make_config(tmp_path, removed=["alibi", "rope", "init_std"]).init_std == 0.02  # absent: the usual value
 
 
-@pytest.mark.parametrize("field, value", [  # None: as if it were not there
-    ("model_type", "llama"), ("model_type", None), ("mask_token_id", None), ("n_layers", None), ("alibi", True),
-    ("clip_qkv", 8), ("block_group_size", 2), ("residual_dropout", 0.1), ("rope", False), ("d_model", "64"),
-    ("n_layers", 2.5), ("n_layers", True), ("n_layers", 0), ("rope_theta", -1.0), ("rms_norm_eps", float("nan")),
-    ("weight_tying", "yes"), ("d_model", 66), ("n_kv_heads", 3), ("mask_token_id", 512), ("eos_token_id", -1)])
-def test_config_names_the_field_it_refuses(field, value, tmp_path):
-    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}/config.json: [^\n]*{field}[^\n]*$"):
-        make_config(tmp_path, **{field: value})
+# ---------------------------------------------------------------- faults of a folder, each refused in one line
+
+def edit_json(path, change):
+    """Change a JSON file in place: `change` gets its object."""
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def set_config(**changed):
+    return lambda folder: edit_json(folder / "config.json", lambda raw: raw.update(changed))
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def set_file(name):
+    """The index says that UP lies in the file `name`."""
+    return lambda folder: edit_json(folder / INDEX, lambda index: index["weight_map"].update({UP: name}))
+
+
+def set_tensor(change, name=UP):
+    """A tensor of SHARD becomes what `change` makes of it, None takes it away."""
+    def damage(folder):
+        data = load_file(folder / SHARD)
+        data[name] = change(data.get(name))
+        save_file({key: tensor for key, tensor in data.items() if tensor is not None}, folder / SHARD)
+    return damage
+
+
+def cut_shard(size):
+    return lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:size])
+
+
+def leave_only_a_pickle(folder):
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def move_shard_out(folder):
+    (folder / SHARD).rename(folder.parent / SHARD)
+    set_file(f"../{SHARD}")(folder)
+
+
+FAULTS = {  # name: (what happens to a good folder, words of the message)
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: expected a JSON object"),
+    "config not JSON": (write("config.json", "{"), "config.json: expected a JSON object"),
+    "config a list": (write("config.json", "[1]"), "config.json: expected a JSON object"),
+    "config nested without end": (write("config.json", "[" * 100_000), "config.json: expected a JSON object"),
+    "another shape": (set_config(mlp_hidden_size=160), r"0.ff_out.weight is \[64, 176\], the model needs \[64, 160\]"),
+    "a tensor missing": (set_tensor(lambda t: None), f"{UP} is missing"),
+    "layers missing": (set_config(n_layers=9), "blocks.2.attn_norm.weight is missing"),
+    "layers too many": (set_config(n_layers=1), "blocks.1.attn_norm.weight is .* no such tensor"),
+    "a tensor too many": (set_tensor(lambda t: torch.ones(1), "bias"), "bias is .* no such tensor"),
+    "a head though tied": (set_config(weight_tying=True), "transformer.ff_out.weight is .* no such tensor"),
+    "a shard missing": (lambda f: (f / SHARD).unlink(), f"{SHARD}: .*incomplete"),
+    "a shard cut": (cut_shard(-100), f"{SHARD}: .*incomplete"),
+    "a header cut": (cut_shard(100), f"{SHARD}: .*incomplete"),
+    "a shard empty": (cut_shard(0), f"{SHARD}: .*incomplete"),
+    "an LFS pointer": (write(SHARD, "version https://git-lfs"), f"{SHARD}: .*git lfs pull"),
+    "an index not JSON": (write(INDEX, "version https://git-lfs"), f"{INDEX}: expected a JSON object"),
+    "an index without files": (write(INDEX, "{}"), f"{INDEX}: .*weight_map"),
+    "an index of lists": (write(INDEX, '{"weight_map": [1]}'), f"{INDEX}: .*weight_map"),
+    "an index of numbers": (set_file(3), f"{INDEX}: "),
+    "a shard outside": (move_shard_out, f"/checkpoint/{SHARD}: .*incomplete"),
+    "only a pickle": (leave_only_a_pickle, "model.safetensors: .*pickle .*convert it to safetensors"),
+    "a renamed pickle": (lambda f: torch.save(torch.ones(9), f / SHARD), f"{SHARD}: .*pickle"),
+    "whole numbers": (set_tensor(lambda t: t.to(torch.int8)), f"{UP} holds .*whole numbers"),
+    "eight bits": (set_tensor(lambda t: t.to(torch.float8_e4m3fn)), f"{UP} "),
+    "NaN": (set_tensor(lambda t: t * float("nan")), f"{UP} holds NaN"),
+    "Inf": (set_tensor(lambda t: -t / 0), f"{UP} holds NaN, Inf"),
+    **{f"{field} = {value!r}": (set_config(**{field: value}), rf"config.json: .*{field}") for field, value in [
+        ("model_type", "llama"), ("model_type", None), ("alibi", True), ("clip_qkv", 8), ("residual_dropout", 0.1),
+        ("rope", False), ("block_group_size", 2), ("mask_token_id", None), ("mask_token_id", 512), ("eos_token_id", -1),
+        ("eos_token_id", 512), ("n_layers", None), ("n_layers", True), ("n_layers", 2.5), ("n_heads", 0),
+        ("d_model", "64"), ("d_model", None), ("mlp_ratio", None), ("rope_theta", -1.0), ("rope_theta", 0),
+        ("rms_norm_eps", float("nan")), ("max_sequence_length", 0)]},
+    "d_model = 66": (set_config(d_model=66), r"attn_norm.weight is \[64\], the model needs \[66\]"),
+    "n_kv_heads = 3": (set_config(n_kv_heads=3), r"k_proj.weight is \[64, 64\], the model needs \[48, 64\]"),
+    "weight_tying = 'yes'": (set_config(weight_tying="yes"), "transformer.ff_out.weight is .* no such tensor"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_damaged_folder_is_refused_in_one_line(name, checkpoint):
+    damage, words = FAULTS[name]
+    damage(checkpoint)
+    with pytest.raises(SystemExit, match=rf"^error: {checkpoint}[^\n]*{words}[^\n]*$"):
+        LLaDA.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "../b", "has a space/b", "some/model"])
+def test_neither_folder_nor_reachable_hub_id(name, monkeypatch, tmp_path):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit, match=rf"^error: --model {name}: no such folder, nor on the hub: [^\n]+$"):
+        find_checkpoint(name)
+
+
+def test_the_default_model_is_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("data/tiny") == ROOT / "data" / "tiny"
+    (tmp_path / "mine").mkdir()
+    assert find_checkpoint("mine").resolve() == tmp_path / "mine"
+
+
+def test_code_in_the_folder_is_never_imported(checkpoint):
+    for name in ("modeling_llada.py", "configuration_llada.py", "__init__.py"):
+        (checkpoint / name).write_text("raise SystemExit('imported')")
+    assert "auto_map" in json.loads((checkpoint / "config.json").read_text())
+    LLaDA.from_pretrained(checkpoint)
+
+
+# ---------------------------------------------------------------- out and in again
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sharded", [False, True])
+@torch.no_grad()
+def test_a_saved_model_loads_with_the_same_logits_and_layout(name, sharded, tmp_path, monkeypatch):
+    model = reference_model(name)
+    if sharded:
+        monkeypatch.setattr(model_module, "MAX_SHARD_BYTES", 150_000)
+    save_weights(model, tmp_path)
+    again = LLaDA.from_pretrained(tmp_path)
+    ids = tensors(f"{name}/cases.safetensors")["A.input_ids"]
+    assert torch.equal(again(ids), model(ids)) and again.config == model.config
+    assert json.loads((tmp_path / "config.json").read_text()) == model.config.raw
+    files = sorted(tmp_path.glob("*.safetensors"))
+    if not sharded:
+        assert [path.name for path in files] == ["model.safetensors"]
+        return
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
+    assert index["weight_map"] == {tensor: path.name for path in files for tensor in load_file(path)}
+    assert all(path.stat().st_size < 155_000 for path in files)
+
+
+@torch.no_grad()
+def test_saving_over_a_sharded_checkpoint_leaves_no_old_weights(fresh, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "MAX_SHARD_BYTES", 150_000)
+        save_weights(fresh, tmp_path)
+    fresh.model["transformer"]["ln_f"].weight.mul_(2)
+    save_weights(fresh, tmp_path)
+    again = LLaDA.from_pretrained(tmp_path, dtype=torch.float64)
+    assert all(torch.equal(*pair) for pair in zip(again.parameters(), fresh.parameters()))
+
+
+def test_files_keep_their_dtype_and_have_the_mode_of_the_umask(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        save_weights(reference_model("llada_mha", torch.bfloat16), tmp_path)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o640
+    saved, published = load_file(tmp_path / "model.safetensors"), {}
+    for path in (GOLDEN / "llada_mha").glob("model-*.safetensors"):
+        published |= load_file(path)
+    assert saved.keys() == published.keys()
+    assert all(torch.equal(saved[name], published[name]) for name in saved)  # bfloat16 both
+
+
+def test_only_the_writer_writes(tmp_path):
+    save_weights(reference_model("llada_mha"), tmp_path, is_writer=False)
+    assert not list(tmp_path.iterdir())

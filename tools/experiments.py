@@ -186,7 +186,7 @@ def show(collected):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: both, or countdown where it suffices")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="only these; no file is written")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores")
     parser.add_argument("--rows", nargs="+", help="only these; no file is written")
@@ -204,7 +204,7 @@ def main(args):
     run_all(plans, args.jobs)
     collected = collect(rows, tasks, args.seeds)
     show(collected)
-    if not args.rows:
+    if not args.rows and not args.tasks:
         command = f"python tools/experiments.py {args.experiment} --seeds {' '.join(map(str, args.seeds))}"
         results = {"command": command, "commits": read_commits(plans),
                    "device": f"CPU, {os.cpu_count()} cores, float32", "rows": collected}
