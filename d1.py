@@ -1,8 +1,8 @@
 """The mathematics of d1 (arXiv:2504.12216) as pure functions of tensors.
 
-Stage one is masked SFT: `forward_process`, `sft_weights`. Stage two is diffu-GRPO: `one_step_logps`,
-`group_advantages`, `diffu_grpo_loss`. Shapes: N prompts of P tokens, G completions of L tokens for
-each, T = P + L; B rows of T tokens in SFT. Randomness comes in as an argument.
+Stage one is masked SFT: `forward_process`, `sft_weights`. Stage two is diffu-GRPO:
+`one_step_logps`, `group_advantages`, `diffu_grpo_loss`. Shapes: N prompts of P tokens, each with
+G completions of L tokens, T = P + L; B rows of T tokens in SFT. Randomness is an argument.
 """
 import hashlib
 
@@ -38,7 +38,7 @@ def forward_process(ids, t, maskable, mask_id, generator):
 def sft_weights(t, answer):
     """The weight of each token's cross-entropy: 1 / t, per answer token of the batch (d1, eq. 1).
 
-    t (B,); answer (B, T) bool. Returns (B, T). EOS padding counts as answer: the model learns to stop.
+    t (B,); answer (B, T) bool. Returns (B, T). EOS padding counts: the model learns to stop.
     """
     return (1 / t / answer.sum().clamp(min=1))[:, None].expand(answer.shape)
 
@@ -71,7 +71,7 @@ def one_step_logps(model, prompt, prompt_masked, completions, mask_id, attn_mask
 
 
 def completion_mask(completions, eos_id):
-    """True for the tokens that count, up to and including the first EOS. (..., L) -> (..., L) bool."""
+    """True for the tokens that count, up to and including the first EOS. (..., L) -> bool."""
     eos_so_far = (completions == eos_id).cumsum(-1)
     return (eos_so_far == 0) | ((eos_so_far == 1) & (completions == eos_id))
 
@@ -82,17 +82,17 @@ def group_advantages(rewards):
 
 
 def kl_k3(logps, ref_logps):
-    """Schulman's k3 estimate of KL(policy || reference) per token: never negative, 0 where both agree."""
+    """Schulman's k3 estimate of KL(policy || reference) per token, 0 where they agree."""
     difference = ref_logps - logps
     return difference.exp() - difference - 1
 
 
 def diffu_grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta, token_count):
-    """The clipped objective of diffu-GRPO, to minimise (eq. 4, averaged over tokens as in the code).
+    """The clipped objective of diffu-GRPO, to minimise (eq. 4, a mean over tokens as in its code).
 
         - 1 / tokens * sum_i sum_l [ min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta KL ]
 
-    with rho = pi / pi_old. logps, old_logps, ref_logps (N, G, L); advantages (N, G); mask (N, G, L)
+    rho = pi / pi_old. logps, old_logps, ref_logps (N, G, L); advantages (N, G); mask (N, G, L)
     bool; token_count: True values in the masks of the whole batch, so that the losses of its parts
     add up. Returns the loss, and a dict of statistics that add up in the same way.
     """

@@ -29,12 +29,13 @@ SUPPORTED = {  # fields that would change the network, with the value of every p
         "attention_layer_norm", "input_emb_norm", "clip_qkv", "multi_query_attention",
         "attention_dropout", "residual_dropout", "embedding_dropout"), 0),  # 0, false or null
 }
-NEEDED = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size", "init_std",
-          "max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta", "rms_norm_eps")
+NEEDED = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size",
+          "max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta", "rms_norm_eps",
+          "init_std")
 
 
 class Config(SimpleNamespace):
-    """The fields of config.json, of which NEEDED shape the network; `raw` is the file, for a copy."""
+    """The fields of config.json. NEEDED shape the network; `raw` is the file, for a copy."""
 
     @classmethod
     def from_folder(cls, folder):
@@ -44,7 +45,7 @@ class Config(SimpleNamespace):
         config = cls(**{"model_type": "", "weight_tying": False, "init_std": 0.02, **raw}, raw=raw)
         for name, value in SUPPORTED.items():
             if (vars(config).get(name, value) or 0) != value:
-                raise SystemExit(f"error: {path}: {name} is not {value!r}, which alone is supported")
+                raise SystemExit(f"error: {path}: {name} must be {value!r}, no other is supported")
         config.n_kv_heads = raw.get("n_kv_heads") or raw.get("n_heads")
         config.embedding_size = raw.get("embedding_size") or raw.get("vocab_size")
         mlp_size = raw.get("mlp_ratio", 0) * raw.get("d_model", 0)
@@ -64,7 +65,7 @@ def at_least_float32(x):
 def token_logps(x, head, targets):
     """log p of given tokens, from the features before the head, in float32 or wider.
 
-    x (..., C); head (V, C); targets (...) int64, or (..., G) for G tokens at each position. Returns
+    x (..., C); head (V, C); targets (...) int64, or (..., G) for G tokens at each position. Gives
     the shape of targets. Of several chunks of HEAD_CHUNK logits only one exists at a time, also in
     the backward pass, which computes each again.
     """
@@ -108,7 +109,7 @@ def apply_rope(x, cos, sin):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU. ff_proj is its gate, up_proj and ff_out the ways up and down."""
+    """Pre-norm attention and SwiGLU. ff_proj is its gate, up_proj and ff_out lead up and down."""
 
     def __init__(self, config):
         super().__init__()
@@ -128,7 +129,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, attn_mask=None, keep=None, cache=None):
         """x (B, T, C) -> (B, T, C), or (B, k, C) at the positions `keep`, int64 (B, k).
 
-        All positions give keys and values. cache: those of the whole canvas where x is a part of it,
+        All positions give keys and values. cache: those of the whole canvas where x is a part,
         with its start: (keys, values, start), see variants/fast_dllm.py.
         """
         h = q_input = self.attn_norm(x)
@@ -173,12 +174,13 @@ class LLaDA(nn.Module):
         """Logits (B, T, V), or only those of some positions, which are chosen before the head.
 
         ids (B, T) int64; attn_mask (B, T) bool, False at padding; keep: int64 (B, k) -> (B, k, V),
-        or bool (B, T) -> (number of True, V); targets: tokens at these positions, one or G at each,
+        or bool (B, T) -> (number of True, V); targets: tokens at these positions, 1 or G at each,
         whose log-probabilities are then returned instead, see `token_logps`.
         """
         net, config, length = self.model["transformer"], self.config, ids.shape[1]
         if length > config.max_sequence_length:
-            raise ValueError(f"{length} tokens exceed max_sequence_length {config.max_sequence_length}")
+            longest = config.max_sequence_length
+            raise ValueError(f"{length} tokens exceed max_sequence_length {longest}")
         cos, sin = rope_tables(length, config.head_dim, config.rope_theta, ids.device)  # (T, D)
         if attn_mask is not None:
             attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): all queries see the same keys
@@ -205,7 +207,7 @@ class LLaDA(nn.Module):
 # ---------------------------------------------------------------- weights in and out
 
 def find_checkpoint(name):
-    """The folder of a model: data/tiny of this repository, a local folder, or a hub id's snapshot."""
+    """The folder of a model: our data/tiny, a local folder, or a hub id's snapshot."""
     folder = TINY if name == "data/tiny" else Path(name)
     if folder.is_dir():
         return folder
@@ -214,7 +216,7 @@ def find_checkpoint(name):
         return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:  # ValueError: not of the form of an id
         reason = str(error).splitlines()[0]
-        raise SystemExit(f"error: --model {name}: no such folder, nor on the hub: {reason}") from None
+        raise SystemExit(f"error: --model {name}: no such folder or hub id: {reason}") from None
 
 
 def read_json(path):
@@ -279,7 +281,7 @@ def load_weights(model, folder):
 
 
 def gather_tensors(parameters, is_writer=True):
-    """{name: full tensor on the CPU} of {name: parameter}. All processes call it, one keeps them."""
+    """{name: full tensor on the CPU} of {name: parameter}. All processes call it."""
     tensors = {}
     for name, parameter in parameters.items():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -289,7 +291,7 @@ def gather_tensors(parameters, is_writer=True):
 
 
 def save_weights(model, folder, is_writer=True):
-    """Write config.json and the weights: one file, or shards and an index above MAX_SHARD_BYTES."""
+    """Write config.json and the weights: one file, or shards above MAX_SHARD_BYTES."""
     from huggingface_hub import save_torch_state_dict  # slow to import
     tensors = gather_tensors(dict(model.named_parameters()), is_writer)
     if is_writer:

@@ -49,7 +49,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, count, option):
-        """This process's part of range(count), which must divide. option: its name for the user."""
+        """This process's part of range(count), which must divide. option: the name of count."""
         if count % self.world:
             raise SystemExit(f"error: {option} {count} does not divide by {self.world} processes")
         size = count // self.world
@@ -144,7 +144,7 @@ def compile_blocks(model):
 def parallelise(model, args, procs):
     """Compile, recompute and shard the blocks of a model whose weights are on the meta device."""
     if procs.world % args.replicas:
-        raise SystemExit(f"error: --replicas {args.replicas} does not divide {procs.world} processes")
+        raise SystemExit(f"error: --replicas {args.replicas} must divide {procs.world} processes")
     if args.compile:
         compile_blocks(model)
     if args.checkpoint_activations:
@@ -168,7 +168,7 @@ def parallelise(model, args, procs):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Within, every process holds all weights, and samples and scores without waiting for others."""
+    """Within, every process holds all weights, and computes without waiting for others."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.unshard()
@@ -187,7 +187,7 @@ def clip_and_step(optimizer, max_norm, loss, procs):
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not norm.isfinite():  # on all processes alike
         losses = procs.gather([float(loss)])
-        raise SystemExit(f"error: gradient norm {norm}, losses by rank {losses}: nothing was updated")
+        raise SystemExit(f"error: gradient norm {norm}, losses by rank {losses}: not updated")
     optimizer.step()
     optimizer.zero_grad()
     return norm.item()

@@ -37,7 +37,7 @@ MAY_CHANGE = {  # what may change when a run is resumed: it does not decide what
 
 
 def make_parser(argv, description, groups):
-    """A parser with the options of {group: {name: (8b, tiny, words)}}, and a glance at the options.
+    """A parser with the options of {group: {name: (8b, tiny, words)}}, and a glance at these.
 
     The preset, which column holds, is --preset, or "tiny" for data/tiny's config.json, or "8b".
     """
@@ -100,7 +100,7 @@ class Run:
             before = read_json(path)["options"]
             for name in sorted(before.keys() & options.keys() - may_change):
                 if before[name] != options[name]:
-                    return f"was run with --{name} {before[name]}, a resumed run cannot change that"
+                    return f"was run with --{name} {before[name]}, --resume cannot change that"
         git = shlex.join(["git", "-C", str(TINY), "rev-parse", "HEAD"])
         status, commit = subprocess.getstatusoutput(git)
         write_json(path, {
@@ -116,7 +116,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(weights, args.lr, betas, weight_decay=decay, fused=True)
         procs.print(f"{sum(p.numel() for p in weights):,} weights to train, preset {args.preset}, "
                     f"{procs.world} x {procs.device}, {procs.dtype}")
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves alone
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process
         self.restore()
         return self.model, self.optimizer
 
@@ -194,7 +194,7 @@ class Run:
         folders = checkpoints(self.out)
         whole = [folder for folder in folders if is_whole(folder)]
         if folders and not whole:
-            raise SystemExit(f"error: --out {self.out} has no whole checkpoint: remove the damaged")
+            raise SystemExit(f"error: --out {self.out} has only damaged checkpoints: remove them")
         if folders != whole:
             self.procs.print(f"skipped {set(folders) - set(whole)}: damaged")
         for folder in self.procs.gather(whole[-1:])[:1]:  # all processes take the same
@@ -238,8 +238,8 @@ def optimizer_state(model, optimizer):
     state = {}
     for name, p in model.named_parameters():
         if p.requires_grad and not optimizer.state[p]:
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device),
-                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         state |= {f"{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
     return state
 
@@ -275,7 +275,7 @@ def finish_checkpoint(unfinished, folder, record):
 
 
 def lock(file):
-    """Whether this process alone holds the file. Workers may outlive a torchrun that was killed."""
+    """Whether this process alone holds the file. Workers may outlive a killed torchrun."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The sampler of d1, LLaDA's low-confidence remasking, and what it is for: answer, watch, evaluate.
+"""The sampler of d1, LLaDA's low-confidence remasking, and its uses: answer, watch, evaluate.
 
     canvas = prompt + gen_length x [MASK]
     for each block, left to right, in diffusion_steps / blocks rounds:
@@ -12,7 +12,7 @@
 import functools
 import sys
 import time
-from dataclasses import dataclass
+from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ OPTIONS = {
     "what to do": {
         "prompt": ("", "", "answer this prompt"),
         "watch": (False, False, "show the canvas filling in, coloured by round"),
-        "data": ("", "", "problems: file, d1's dataset folder, dataset id; or else the task's own"),
+        "data": ("", "", "problems: file, d1's dataset folder, dataset id; or the task's own"),
         "count": (0, 0, "how many problems; 0: all, or 512 generated ones"),
         "out": ("", "", "folder of the results, or else runs/sample-TIME-TASK"),
         "seed": (0, 0, "of all random numbers"),
@@ -70,8 +70,8 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
              block_length, temperature, on_step=None):
     """Fill gen_length masks behind each prompt (LLaDA, algorithm 5 and its generate.py).
 
-    prompt (B, P); attn_mask (B, P) bool, False at padding; noise (B, diffusion_steps, block_length)
-    float64 in [0, 1); on_step(x, committed_at) is called after every round. Returns ids (B, T) and
+    prompt (B, P); attn_mask (B, P) False at padding; noise (B, diffusion_steps, block_length)
+    in [0, 1), float64; on_step(x, committed_at) is called after a round. Returns ids (B, T) and
     the round that committed each token, -1 in the prompt. A row ends with a block that holds EOS.
     """
     (B, P), T = prompt.shape, prompt.shape[1] + gen_length
@@ -119,7 +119,7 @@ def check_schedule(gen_length, diffusion_steps, block_length):
 
 
 def draw_noise(keys, diffusion_steps, block_length):
-    """(B, diffusion_steps, block_length) float64 in [0, 1); a row's numbers hang on its key alone."""
+    """(B, diffusion_steps, block_length) float64 in [0, 1); a row depends on its key alone."""
     shape = diffusion_steps, 2, block_length  # half are unused, but runs in docs/ drew them
     draws = [torch.rand(shape, generator=generator(*key), dtype=torch.float64) for key in keys]
     return torch.stack(draws)[:, :, 0]
@@ -133,13 +133,8 @@ def pad_left(rows, pad_id, device):
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
-@dataclass
-class Completions:
-    """R completions of L tokens, all EOS behind the first EOS."""
-    ids: torch.Tensor           # (R, L)
-    committed_at: torch.Tensor  # (R, L), the round that committed each token
-    lengths: torch.Tensor       # (R,), tokens before the first EOS
-    texts: list                 # R strings, up to the first EOS
+# R completions: ids and committed_at (R, L), tokens before EOS (R,), R texts up to EOS
+Completions = namedtuple("Completions", "ids committed_at lengths texts")
 
 
 def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generate, **sampling):
@@ -175,7 +170,7 @@ def encode_prompts(examples, tokenizer, room, procs):
     if len(fitting) < len(examples):
         procs.print(f"skipped {len(examples) - len(fitting)} prompts of more than {room} tokens")
     if not fitting:
-        raise SystemExit(f"error: no prompt has at most {room} tokens: --gen_length leaves no room")
+        raise SystemExit(f"error: no prompt has {room} tokens or fewer: lower --gen_length")
     return fitting
 
 

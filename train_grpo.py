@@ -28,7 +28,7 @@ from sample import (SAMPLING, check_schedule, complete, encode_prompts, evaluate
 
 OPTIONS = {  # option: (the authors' value for LLaDA-8B, the embedded model's, what it is)
     "problems": {
-        "data": ("", "", "training problems: file, d1's dataset folder, dataset id; or the task's"),
+        "data": ("", "", "training problems: file, d1's dataset folder, dataset id; or its own"),
         "eval_data": ("", "", "held-out problems; or --data where that is no file; or the task's"),
         "eval_count": (256, 256, "held-out problems in an evaluation"),
         "eval_every": (50, 10, "steps between evaluations"),
@@ -137,7 +137,7 @@ def draw_prompt_masks(rollout, step, args, procs):
 
 
 def one_step(policy, rollout, masked, mask_id):
-    """d1's estimate of log pi, (N, G, L), of a rollout's completions, under prompt masks (N, P)."""
+    """d1's estimate of log pi, (N, G, L), of a rollout's completions under prompt masks (N, P)."""
     return one_step_logps(policy, rollout.prompt, masked, rollout.completions, mask_id,
                           rollout.attn_mask)
 
@@ -149,7 +149,8 @@ def diffu_grpo(logps, old_logps, ref_logps, rollout, masked, args):
 
 
 def train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, *,
-               draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo, generate=generate):
+               draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
+               generate=generate):
     """One rollout and the mu updates that it serves. Returns a row of metrics, and sample rows."""
     mu, mask_id = args.num_iterations, tokenizer.mask_id
 
@@ -165,8 +166,8 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
         old_logps = [log_probs(model, rollout[p], masks[u, p], mask_id) for u, p in places]
         ref_logps = old_logps  # not looked at where beta is 0
         if args.beta:
-            with reference() as frozen:
-                ref_logps = [log_probs(frozen, rollout[p], masks[u, p], mask_id) for u, p in places]
+            with reference() as base:
+                ref_logps = [log_probs(base, rollout[p], masks[u, p], mask_id) for u, p in places]
 
     # 3. mu updates on the same completions, each under its own prompt masks
     stats, grad_norm = [], 0.0
@@ -214,7 +215,7 @@ def evaluate_policy(run, model, held_out, args, procs, generate=generate, **_):
         with gathered(model):
             means, _ = evaluate(model, run.tokenizer, task, held_out, procs, args.seed, **sampling)
         accuracy = means["accuracy"]
-        procs.print(f"step {run.step}: {accuracy:.1%} right on held-out problems at {temperature=}")
+        procs.print(f"step {run.step}: {accuracy:.1%} of held-out problems at {temperature=}")
         metrics = metrics or {f"held_out_{name}": mean for name, mean in means.items()}
         metrics["held_out_greedy"] = accuracy  # of the second round
     return metrics
@@ -224,7 +225,7 @@ def main(args, step=None, **methods):
     """Train. methods: what d1 does, see `train_step`; `step` takes the place of all of it."""
     check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
     if args.temperature == 0 or args.group_size < 2:
-        raise SystemExit("error: --temperature 0 and --group_size 1 leave no advantage to learn from")
+        raise SystemExit("error: --temperature 0 and --group_size 1 leave no advantages to learn")
     with processes(args) as procs:
         procs.share(args.prompts_per_step, "--prompts_per_step")
         run = Run("train_grpo", args, procs, may_change=["steps"])
@@ -242,8 +243,8 @@ def main(args, step=None, **methods):
                     run.log("metrics.jsonl", [metrics])
                 if number == args.steps:
                     break
-                row, samples = (step or train_step)(number, model, reference, optimizer,
-                                                    run.tokenizer, examples, args, procs, **methods)
+                inputs = model, reference, optimizer, run.tokenizer, examples, args, procs
+                row, samples = (step or train_step)(number, *inputs, **methods)
                 run.log_step(row, samples[:args.group_size], shown=("reward", "accuracy", "kl"))
         return run.finish()
 

@@ -3,7 +3,7 @@
     for each row: draw t ~ U(0, 1); replace every token of the completion by [MASK] with
     probability t; predict those tokens from the rest; weight their cross-entropy by 1 / t
 
-The prompt is never masked. EOS padding ends the completion and is trained: the model learns to stop.
+The prompt is never masked. EOS padding ends the completion and is trained: so it learns to stop.
 
     python train_sft.py --task countdown sudoku            the embedded model, on demonstrations
     python train_sft.py --data rows.jsonl --model MODEL    your rows of "prompt" and "completion"
@@ -54,7 +54,7 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- rows
 
 def encode_rows(examples, tokenizer, max_length, args, procs):
-    """(ids, prompt length) of each row. Rows that are empty or too long are skipped and counted."""
+    """(ids, prompt length) of each row. Empty rows and too long rows are skipped and counted."""
     rows, too_long = [], 0
     for example in examples:
         prompt = tokenizer.encode_prompt(example["prompt"])
@@ -70,7 +70,7 @@ def encode_rows(examples, tokenizer, max_length, args, procs):
         skipped = len(examples) - len(rows)
         procs.print(f"{too_long} rows of more than {max_length} tokens; skipped {skipped} rows")
     if len(rows) <= args.batch_size:
-        raise SystemExit(f"error: {len(rows)} usable rows do not exceed --batch_size {args.batch_size}")
+        raise SystemExit(f"error: only {len(rows)} usable rows for --batch_size {args.batch_size}")
     return rows
 
 
@@ -136,7 +136,7 @@ def train_step(step, model, optimizer, rows, tokenizer, args, procs, weigh=sft_w
 
 @torch.no_grad()
 def held_out_loss(model, rows, tokenizer, args, procs, weigh=sft_weights, draws=4):
-    """The loss on held-out rows under fixed masks; t is stratified, each row sees `draws` values."""
+    """The loss on held-out rows under fixed masks; t is stratified, `draws` values a row."""
     ids, answer = collate(rows * draws, tokenizer.eos_id)  # (draws * R, T)
     u = (torch.arange(len(ids)) + 0.5) / len(ids)  # (draws * R,)
     keys = [("held out", i) for i in range(len(ids))]

@@ -93,10 +93,11 @@ def predict(model, x, attn_mask, positions, computed, caches):
         return at_least_float32(model(x, attn_mask, keep=positions))
     net, config = model.model["transformer"], model.config
     cos, sin = rope_tables(x.shape[1], config.head_dim, config.rope_theta, x.device)  # (T, D)
+    cos, sin, attn_mask = cos[computed], sin[computed], attn_mask[:, None, None]
+    outputs = [None] * (len(caches) - 1) + [positions - computed.start]  # only the last block leaves positions out
     h = net["wte"](x[:, computed])  # (U, S, C)
-    for block, cache in zip(model.blocks, caches):
+    for block, keep, cache in zip(model.blocks, outputs, caches):
         # not block(...): FSDP would take a block that is called alone for the whole model
-        h = block.forward(h, cos[computed], sin[computed], attn_mask[:, None, None], cache=(*cache, computed.start))
-    index = (positions - computed.start)[..., None].expand(-1, -1, config.d_model)
+        h = block.forward(h, cos, sin, attn_mask, keep, cache=(*cache, computed.start))
     head = net["wte" if config.weight_tying else "ff_out"]
-    return at_least_float32(F.linear(net["ln_f"](h.gather(1, index)), head.weight))
+    return at_least_float32(F.linear(net["ln_f"](h), head.weight))  # (U, M, V)
