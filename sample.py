@@ -191,9 +191,11 @@ def evaluate(model, tokenizer, task, examples, procs, seed, *, rollout_batch, **
             done = complete(model, tokenizer, prompts, keys, on_step=procs.check_stop,
                             rollout_batch=rollout_batch, **sampling)
             for i, text, length, rounds in zip(batch, done.texts, done.lengths, done.committed_at):
-                rows.append({**examples[i], "index": i, "completion": text,
-                             **task.score(text, examples[i]), "effective_tokens": int(length),
-                             "ended": bool(length < len(rounds)), "rounds": len(rounds.unique())})
+                example = {**examples[i], "index": i, "completion": text}
+                example.pop("ids")
+                rows.append({**example, **task.score(text, examples[i]),
+                             "effective_tokens": int(length), "rounds": len(rounds.unique()),
+                             "ended": bool(length < len(rounds))})
     rows = sorted(procs.gather(rows), key=lambda row: row["index"])
     names = [*task.score("", examples[0]), "effective_tokens", "rounds"]
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows

@@ -207,7 +207,7 @@ def load_prompts(run, args, procs):
     return examples, encode_prompts(held_out, run.tokenizer, room, procs)
 
 
-def evaluate_policy(run, model, held_out, args, procs, generate=generate, **_):
+def evaluate_policy(run, model, held_out, args, procs, generate):
     """Metrics on held-out problems at the rollout temperature, and the greedy accuracy."""
     task, metrics = TASKS[args.task], {}
     for temperature in (args.temperature, 0.0):
@@ -221,8 +221,10 @@ def evaluate_policy(run, model, held_out, args, procs, generate=generate, **_):
     return metrics
 
 
-def main(args, step=None, **methods):
-    """Train. methods: what d1 does, see `train_step`; `step` takes the place of all of it."""
+def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
+         generate=generate, step=None):
+    """Train. What d1 does can be replaced, see `train_step`; `step` takes the place of it all."""
+    methods = dict(draw=draw, log_probs=log_probs, objective=objective, generate=generate)
     check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
     if args.temperature == 0 or args.group_size < 2:
         raise SystemExit("error: --temperature 0 and --group_size 1 leave no advantages to learn")
@@ -239,7 +241,7 @@ def main(args, step=None, **methods):
         with run:
             for number in range(run.step, args.steps + 1):
                 if held_out and run.is_due(args.eval_every):
-                    metrics = evaluate_policy(run, model, held_out, args, procs, **methods)
+                    metrics = evaluate_policy(run, model, held_out, args, procs, generate)
                     run.log("metrics.jsonl", [metrics])
                 if number == args.steps:
                     break

@@ -99,19 +99,9 @@ def test_what_was_trained_is_saved_and_loaded(adapted, fresh, tmp_path):
 @pytest.mark.parametrize("name, r, targets, words", [
     ("llada_mha", 2, ["v_proj"], r"v_proj.lora_A.weight is \[4, 64\], the model needs \[2, 64\]"),
     ("llada_mha", 4, ["v_proj", "k_proj"], "k_proj.lora_A.weight is missing"),
-    ("llada_mha", 4, ["k_proj"], r"k_proj.lora_A.weight is missing"),
     ("llada_gqa", 4, ["v_proj"], r"v_proj.lora_B.weight is \[64, 4\], the model needs \[32, 4\]")])
 def test_adapters_of_another_form_are_refused_in_one_line(name, r, targets, words, fresh, tmp_path):
     save_adapter(add_adapters(fresh, ["v_proj"]), tmp_path, "base")
     model = add_lora(LLaDA.from_pretrained(GOLDEN / name), r, 6, targets)
     with pytest.raises(SystemExit, match=rf"^error: {tmp_path}: [^\n]*{words}[^\n]*$"):
         load_trained(model, tmp_path)
-
-
-@pytest.mark.parametrize("damage, words", [
-    (lambda path: path.unlink(), "incomplete"), (lambda path: path.write_text("version https://git-lfs"), "git lfs pull")])
-def test_a_damaged_file_of_adapters_is_refused_in_one_line(damage, words, fresh, tmp_path):
-    save_adapter(add_adapters(fresh, ["v_proj"]), tmp_path, "base")
-    damage(tmp_path / ADAPTER)
-    with pytest.raises(SystemExit, match=rf"^error: {tmp_path / ADAPTER}: [^\n]*{words}[^\n]*$"):
-        load_trained(fresh, tmp_path)

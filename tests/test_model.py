@@ -1,8 +1,6 @@
 """model.py against the reference tensors (tests/golden/README.md), float64 and brute force; checkpoints in and out."""
 import json
-import os
 import shutil
-import stat
 import weakref
 
 import pytest
@@ -168,13 +166,13 @@ class PeakBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_no_tensor_of_positions_times_vocabulary_exists(trained, monkeypatch, tmp_path):
-    """8 rows, 300 tokens scored in each, V 20,000: 192 MB of logits in float32, 4 MB a chunk."""
+    """4 rows, 300 tokens scored in each, V 20,000: 96 MB of logits in float32, 4 MB a chunk."""
     monkeypatch.setattr(model_module, "HEAD_CHUNK", 2 ** 20)
     config = make_config(tmp_path, n_layers=1, vocab_size=20_000, embedding_size=20_000, max_sequence_length=320)
     model = LLaDA(config)
-    ids = torch.randint(480, (8, 320), generator=generator())
-    keep = torch.arange(20, 320).expand(8, -1)
-    targets = torch.randint(480, (8, 300, 6), generator=generator())
+    ids = torch.randint(480, (4, 320), generator=generator())
+    keep = torch.arange(20, 320).expand(4, -1)
+    targets = torch.randint(480, (4, 300, 6), generator=generator())
     with torch.set_grad_enabled(trained), PeakBytes() as peak:
         logps = model(ids, keep=keep, targets=targets)
         if trained:
@@ -226,54 +224,33 @@ def test_config_fills_in_nulls_and_keeps_the_file(tmp_path):
     config = make_config(tmp_path, n_kv_heads=None, embedding_size=None, mlp_hidden_size=None, unknown={"a": [1]})
     assert (config.n_kv_heads, config.embedding_size, config.mlp_hidden_size) == (4, 512, 4 * 64)
     assert config.raw["unknown"] == {"a": [1]} and config.head_dim == 16
+    assert make_config(tmp_path, mlp_ratio=None).mlp_hidden_size == 176
     assert make_config(tmp_path, mlp_ratio=7).mlp_hidden_size == 176  # the ratio only counts without a size
     assert make_config(tmp_path, removed=["alibi", "rope", "init_std"]).init_std == 0.02  # absent: the usual value
 
 
 # ---------------------------------------------------------------- faults of a folder, each refused in one line
 
-def edit_json(path, change):
-    """Change a JSON file in place: `change` gets its object."""
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def set_config(**changed):
-    return lambda folder: edit_json(folder / "config.json", lambda raw: raw.update(changed))
-
-
 def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
-def set_file(name):
-    """The index says that UP lies in the file `name`."""
-    return lambda folder: edit_json(folder / INDEX, lambda index: index["weight_map"].update({UP: name}))
+def set_config(**changed):
+    return write("config.json", json.dumps(RAW | changed))
 
 
-def set_tensor(change, name=UP):
-    """A tensor of SHARD becomes what `change` makes of it, None takes it away."""
+def set_tensor(change):
+    """A tensor of SHARD becomes what `change` makes of it; None takes it away."""
     def damage(folder):
         data = load_file(folder / SHARD)
-        data[name] = change(data.get(name))
-        save_file({key: tensor for key, tensor in data.items() if tensor is not None}, folder / SHARD)
+        data[UP] = change(data[UP])
+        save_file({name: tensor for name, tensor in data.items() if tensor is not None}, folder / SHARD)
     return damage
-
-
-def cut_shard(size):
-    return lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:size])
-
-
-def leave_only_a_pickle(folder):
-    for path in folder.glob("model*"):
-        path.unlink()
-    torch.save({}, folder / "pytorch_model.bin")
 
 
 def move_shard_out(folder):
     (folder / SHARD).rename(folder.parent / SHARD)
-    set_file(f"../{SHARD}")(folder)
+    write(INDEX, f'{{"weight_map": {{"a": "../{SHARD}"}}}}')(folder)
 
 
 FAULTS = {  # name: (what happens to a good folder, words of the message)
@@ -283,32 +260,30 @@ FAULTS = {  # name: (what happens to a good folder, words of the message)
     "config nested without end": (write("config.json", "[" * 100_000), "config.json: expected a JSON object"),
     "another shape": (set_config(mlp_hidden_size=160), r"0.ff_out.weight is \[64, 176\], the model needs \[64, 160\]"),
     "a tensor missing": (set_tensor(lambda t: None), f"{UP} is missing"),
-    "layers missing": (set_config(n_layers=9), "blocks.2.attn_norm.weight is missing"),
     "layers too many": (set_config(n_layers=1), "blocks.1.attn_norm.weight is .* no such tensor"),
-    "a tensor too many": (set_tensor(lambda t: torch.ones(1), "bias"), "bias is .* no such tensor"),
     "a head though tied": (set_config(weight_tying=True), "transformer.ff_out.weight is .* no such tensor"),
     "a shard missing": (lambda f: (f / SHARD).unlink(), f"{SHARD}: .*incomplete"),
-    "a shard cut": (cut_shard(-100), f"{SHARD}: .*incomplete"),
-    "a header cut": (cut_shard(100), f"{SHARD}: .*incomplete"),
-    "a shard empty": (cut_shard(0), f"{SHARD}: .*incomplete"),
+    "a shard cut": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-100]), f"{SHARD}: .*incomplete"),
+    "a shard empty": (write(SHARD, ""), f"{SHARD}: .*incomplete"),
     "an LFS pointer": (write(SHARD, "version https://git-lfs"), f"{SHARD}: .*git lfs pull"),
+    "a shard outside": (move_shard_out, f"/checkpoint/{SHARD}: .*incomplete"),
     "an index not JSON": (write(INDEX, "version https://git-lfs"), f"{INDEX}: expected a JSON object"),
     "an index without files": (write(INDEX, "{}"), f"{INDEX}: .*weight_map"),
     "an index of lists": (write(INDEX, '{"weight_map": [1]}'), f"{INDEX}: .*weight_map"),
-    "an index of numbers": (set_file(3), f"{INDEX}: "),
-    "a shard outside": (move_shard_out, f"/checkpoint/{SHARD}: .*incomplete"),
-    "only a pickle": (leave_only_a_pickle, "model.safetensors: .*pickle .*convert it to safetensors"),
+    "an index of numbers": (write(INDEX, '{"weight_map": {"a": 3}}'), f"{INDEX}: "),
+    "neither shards nor file": (lambda f: (f / INDEX).unlink(), "model.safetensors: .*pickle .*convert it to"),
     "a renamed pickle": (lambda f: torch.save(torch.ones(9), f / SHARD), f"{SHARD}: .*pickle"),
     "whole numbers": (set_tensor(lambda t: t.to(torch.int8)), f"{UP} holds .*whole numbers"),
     "eight bits": (set_tensor(lambda t: t.to(torch.float8_e4m3fn)), f"{UP} "),
     "NaN": (set_tensor(lambda t: t * float("nan")), f"{UP} holds NaN"),
     "Inf": (set_tensor(lambda t: -t / 0), f"{UP} holds NaN, Inf"),
+    "no size": (set_config(mlp_ratio=None, mlp_hidden_size=None), "config.json: mlp_hidden_size"),
     **{f"{field} = {value!r}": (set_config(**{field: value}), rf"config.json: .*{field}") for field, value in [
         ("model_type", "llama"), ("model_type", None), ("alibi", True), ("clip_qkv", 8), ("residual_dropout", 0.1),
         ("rope", False), ("block_group_size", 2), ("mask_token_id", None), ("mask_token_id", 512), ("eos_token_id", -1),
-        ("eos_token_id", 512), ("n_layers", None), ("n_layers", True), ("n_layers", 2.5), ("n_heads", 0),
-        ("d_model", "64"), ("d_model", None), ("mlp_ratio", None), ("rope_theta", -1.0), ("rope_theta", 0),
-        ("rms_norm_eps", float("nan")), ("max_sequence_length", 0)]},
+        ("eos_token_id", 512), ("n_layers", True), ("n_layers", 2.5), ("n_heads", 0), ("d_model", "64"),
+        ("d_model", None), ("rope_theta", -1.0), ("rope_theta", 0), ("rms_norm_eps", float("nan")),
+        ("max_sequence_length", 0)]},
     "d_model = 66": (set_config(d_model=66), r"attn_norm.weight is \[64\], the model needs \[66\]"),
     "n_kv_heads = 3": (set_config(n_kv_heads=3), r"k_proj.weight is \[64, 64\], the model needs \[48, 64\]"),
     "weight_tying = 'yes'": (set_config(weight_tying="yes"), "transformer.ff_out.weight is .* no such tensor"),
@@ -328,7 +303,7 @@ def test_neither_folder_nor_reachable_hub_id(name, monkeypatch, tmp_path):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SystemExit, match=rf"^error: --model {name}: no such folder, nor on the hub: [^\n]+$"):
+    with pytest.raises(SystemExit, match=rf"^error: --model {name}: no such folder[^\n]+$"):
         find_checkpoint(name)
 
 
@@ -349,51 +324,27 @@ def test_code_in_the_folder_is_never_imported(checkpoint):
 # ---------------------------------------------------------------- out and in again
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("sharded", [False, True])
-@torch.no_grad()
-def test_a_saved_model_loads_with_the_same_logits_and_layout(name, sharded, tmp_path, monkeypatch):
-    model = reference_model(name)
-    if sharded:
-        monkeypatch.setattr(model_module, "MAX_SHARD_BYTES", 150_000)
+def test_a_saved_model_has_the_published_tensors_and_layout(name, tmp_path, monkeypatch):
+    """In shards, and then, over these, in one file."""
+    published = load_file(GOLDEN / name / SHARD) | load_file(GOLDEN / name / SHARD.replace("2-of", "1-of"))
+    dtype = published[UP].dtype
+    model = LLaDA.from_pretrained(GOLDEN / name, dtype=dtype)
+    monkeypatch.setattr(model_module, "MAX_SHARD_BYTES", 150_000)
     save_weights(model, tmp_path)
-    again = LLaDA.from_pretrained(tmp_path)
-    ids = tensors(f"{name}/cases.safetensors")["A.input_ids"]
-    assert torch.equal(again(ids), model(ids)) and again.config == model.config
-    assert json.loads((tmp_path / "config.json").read_text()) == model.config.raw
     files = sorted(tmp_path.glob("*.safetensors"))
-    if not sharded:
-        assert [path.name for path in files] == ["model.safetensors"]
-        return
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    index = json.loads((tmp_path / INDEX).read_text())
-    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
-    assert index["weight_map"] == {tensor: path.name for path in files for tensor in load_file(path)}
     assert all(path.stat().st_size < 155_000 for path in files)
-
-
-@torch.no_grad()
-def test_saving_over_a_sharded_checkpoint_leaves_no_old_weights(fresh, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(model_module, "MAX_SHARD_BYTES", 150_000)
-        save_weights(fresh, tmp_path)
-    fresh.model["transformer"]["ln_f"].weight.mul_(2)
-    save_weights(fresh, tmp_path)
-    again = LLaDA.from_pretrained(tmp_path, dtype=torch.float64)
-    assert all(torch.equal(*pair) for pair in zip(again.parameters(), fresh.parameters()))
-
-
-def test_files_keep_their_dtype_and_have_the_mode_of_the_umask(tmp_path):
-    umask = os.umask(0o027)
-    try:
-        save_weights(reference_model("llada_mha", torch.bfloat16), tmp_path)
-    finally:
-        os.umask(umask)
-    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o640
-    saved, published = load_file(tmp_path / "model.safetensors"), {}
-    for path in (GOLDEN / "llada_mha").glob("model-*.safetensors"):
-        published |= load_file(path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    assert index["weight_map"] == {tensor: path.name for path in files for tensor in load_file(path)}
+    again = LLaDA.from_pretrained(tmp_path, dtype=dtype)
+    assert again.config == model.config and again.config.raw == json.loads((GOLDEN / name / "config.json").read_text())
+    monkeypatch.setattr(model_module, "MAX_SHARD_BYTES", 10 ** 9)
+    save_weights(again, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == published.keys()
-    assert all(torch.equal(saved[name], published[name]) for name in saved)  # bfloat16 both
+    assert all(torch.equal(saved[key], published[key]) for key in saved)
 
 
 def test_only_the_writer_writes(tmp_path):
