@@ -6,7 +6,6 @@ safetensors and JSON; no pickle is opened, and no code of a checkpoint is run.
 """
 import functools
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 HEAD_CHUNK = 2 ** 26  # logits that exist at a time while tokens are scored: 0.25 GB in float32
 MAX_SHARD_BYTES = 5_000_000_000
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 SUPPORTED = {  # fields that would change the network, with the value of every published LLaDA
     "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "rope": True,
@@ -29,13 +29,13 @@ SUPPORTED = {  # fields that would change the network, with the value of every p
         "attention_layer_norm", "input_emb_norm", "clip_qkv", "multi_query_attention",
         "attention_dropout", "residual_dropout", "embedding_dropout"), 0),  # 0, false or null
 }
-NEEDED = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size",
-          "max_sequence_length", "mask_token_id", "eos_token_id", "rope_theta", "rms_norm_eps",
-          "init_std")
+SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size",
+         "max_sequence_length", "mask_token_id", "eos_token_id")
+SCALES = ("rope_theta", "rms_norm_eps", "init_std")
 
 
 class Config(SimpleNamespace):
-    """The fields of config.json. NEEDED shape the network; `raw` is the file, for a copy."""
+    """The fields of config.json; `raw` is the file as it is, for a copy."""
 
     @classmethod
     def from_folder(cls, folder):
@@ -48,12 +48,14 @@ class Config(SimpleNamespace):
                 raise SystemExit(f"error: {path}: {name} must be {value!r}, no other is supported")
         config.n_kv_heads = raw.get("n_kv_heads") or raw.get("n_heads")
         config.embedding_size = raw.get("embedding_size") or raw.get("vocab_size")
-        mlp_size = raw.get("mlp_ratio", 0) * raw.get("d_model", 0)
+        mlp_size = (raw.get("mlp_ratio") or 0) * (raw.get("d_model") or 0)
         config.mlp_hidden_size = raw.get("mlp_hidden_size") or mlp_size
-        for name in NEEDED:
+        for name in (*SIZES, *SCALES):
             value = getattr(config, name, None)
-            if type(value) not in (int, float) or not value >= 0:
-                raise SystemExit(f"error: {path}: {name} must be a number, found {value!r}")
+            if type(value) not in (int, float) or not value > 0 or (name in SIZES and value % 1):
+                raise SystemExit(f"error: {path}: {name} = {value!r} is not a positive number")
+        if max(config.mask_token_id, config.eos_token_id) >= config.embedding_size:
+            raise SystemExit(f"error: {path}: mask_token_id or eos_token_id has no embedding")
         config.head_dim = config.d_model // config.n_heads
         return config
 
@@ -229,14 +231,6 @@ def read_json(path):
 
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    sync(path)
-
-
-def sync(path):
-    """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 @torch.no_grad()
@@ -254,9 +248,13 @@ def load_tensors(parameters, folder, single="model.safetensors"):
     Exits naming a tensor that is missing, unexpected, misshaped or not finite.
     """
     index = Path(folder, f"{single}.index.json")
-    files = read_json(index)["weight_map"].values() if index.is_file() else [single]
+    files = {"": single}
+    if index.is_file():
+        files = read_json(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise SystemExit(f"error: {index}: weight_map must tell the file of each tensor")
     stored = {}
-    for file in set(files):
+    for file in sorted(set(map(str, files.values()))):
         path = Path(folder, Path(file).name)  # never a file outside the folder
         try:
             tensors = safe_open(path, framework="pt")
@@ -270,8 +268,8 @@ def load_tensors(parameters, folder, single="model.safetensors"):
         if shape != needed:
             raise SystemExit(f"error: {folder}: {name} is {shape}, the model needs {needed}")
         tensor = stored[name].get_tensor(name)
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise SystemExit(f"error: {folder}: {name} holds NaN, Inf or whole numbers")
+        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
+            raise SystemExit(f"error: {folder}: {name} holds NaN, Inf or no floats")
         copy_into(parameters[name], tensor)
 
 

@@ -6,6 +6,7 @@ and a run saved by n processes resumes on m.
 """
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -21,8 +22,7 @@ import torch.distributed.checkpoint as dcp
 from d1 import generator
 from data.tokenizer import Tokenizer
 from lora import add_lora, init_lora, load_trained, save_trained
-from model import (TINY, Config, LLaDA, find_checkpoint, load_weights, read_json, sync,
-                   write_json)
+from model import TINY, Config, LLaDA, find_checkpoint, load_weights, read_json, write_json
 from parallel import PARALLEL_OPTIONS, Stopped, parallelise
 
 PRESETS = ("8b", "tiny")  # columns: what the authors do with LLaDA-8B, what suits data/tiny
@@ -272,6 +272,13 @@ def finish_checkpoint(unfinished, folder, record):
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     unfinished.rename(folder)
     sync(folder.parent)
+
+
+def sync(path):
+    """Force a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def lock(file):

@@ -15,6 +15,8 @@ from model import LLaDA
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+# six Countdown problems: two steps of four prompts go through them and begin again
+PROBLEMS = ROOT / "tests" / "problems.jsonl"
 MASK_ID, EOS_ID = 500, 481  # of the models there
 
 
@@ -70,13 +72,6 @@ def train(script, out, options="", **methods):
     """Run train_grpo or train_sft in this process, with some of its options in one text. Returns what `main` does."""
     words = f"{EVERYWHERE} {SMALL[script.__name__]} --out {out} {options}"
     return script.main(script.parse_args(words.split()), **methods)
-
-
-def write_problems(folder):
-    """A file of six Countdown problems: two steps of four prompts go through it and begin it again."""
-    path = folder / "problems.jsonl"
-    path.write_text("".join(f'{{"input": "{i},2,3", "output": "{i + 5}"}}\n' for i in range(6)))
-    return path
 
 
 def read_rows(path):

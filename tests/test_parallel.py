@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_same_run, embedded, read_rows, read_tensors, run_script, train, worst, write_problems
+from helpers import PROBLEMS, ROOT, assert_same_run, embedded, read_rows, read_tensors, run_script, train, worst
 from safetensors.torch import load_file, save_file
 
 import train_grpo
@@ -23,8 +23,8 @@ from run import Run
 
 ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
 RUNS = {  # two steps, of which both are saved; 5 held-out problems: processes have unequally many
-    "grpo": (train_grpo, "--eval_count 5 --eval_every 1 --save_every 1"),
-    "grpo with LoRA": (train_grpo, "--lora_r 3 --lr 1e-3 --save_every 1"),
+    "grpo": (train_grpo, f"--data {PROBLEMS} --eval_count 5 --eval_every 1 --save_every 1"),
+    "grpo with LoRA": (train_grpo, f"--data {PROBLEMS} --lora_r 3 --lr 1e-3 --save_every 1"),
     "sft": (train_sft, "--task countdown --lr 1e-4 --save_every 1 --microbatch 1"),
     "sft with LoRA": (train_sft, "--task countdown --lr 1e-4 --save_every 1 --lora_r 3"),
 }
@@ -35,16 +35,14 @@ def folder_of(name, out):
     return Path(out) / name.replace(" ", "_")
 
 
-def run(name, out, problems, more=""):
+def run(name, out, more=""):
     script, options = RUNS[name]
-    if script is train_grpo:
-        options += f" --data {problems}"
     train(script, folder_of(name, out), f"{options} {more}")
 
 
 # ---------------------------------------------------------------- on all processes of a launch
 
-def worker(out, problems, replicas, resumed=""):
+def worker(out, replicas, resumed=""):
     """All that is run on several processes. resumed: a folder of runs that one process saved."""
     args = train_sft.parse_args("--device cpu --timeout 120".split())
     with processes(args) as procs:
@@ -53,10 +51,10 @@ def worker(out, problems, replicas, resumed=""):
         for script in (train_grpo, train_sft):  # one group of processes for all runs
             script.processes = lambda *_: contextlib.nullcontext(procs)
         for name in RUNS if resumed else HYBRID:
-            run(name, out, problems, f"--replicas {replicas}")
+            run(name, out, f"--replicas {replicas}")
             if resumed:
-                run(name, resumed, problems, "--resume")
-        stop_where_one_process_has_no_finite_loss(procs, out, problems)
+                run(name, resumed, "--resume")
+        stop_where_one_process_has_no_finite_loss(procs, out)
 
 
 def work_unequally(procs, out, replicas):
@@ -80,11 +78,11 @@ def stop_together(procs):
     procs.stop_wanted = False
 
 
-def stop_where_one_process_has_no_finite_loss(procs, out, problems):
+def stop_where_one_process_has_no_finite_loss(procs, out):
     def objective(logps, *_):
         return logps.sum() * (float("nan") if procs.rank == procs.world - 1 else 1), {}
     with pytest.raises(SystemExit, match="gradient norm.*nan"):
-        train(train_grpo, Path(out, "stopped"), f"--steps 1 --data {problems}", objective=objective)
+        train(train_grpo, Path(out, "stopped"), f"--steps 1 --data {PROBLEMS}", objective=objective)
     assert not list(Path(out, "stopped").glob("step_*"))
 
 
@@ -95,7 +93,7 @@ def one(tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     work_unequally(ALONE, out, 1)
     for name in RUNS:
-        run(name, out, write_problems(out))
+        run(name, out)
     return out
 
 
@@ -113,17 +111,17 @@ def two(one, tmp_path_factory):
     """Two processes, which also go on with the runs of one."""
     out = tmp_path_factory.mktemp("two")
     resumed = without_the_last_step(one, out / "resumed")
-    done = run_script(__file__, out, one / "problems.jsonl", 1, resumed, processes=2, PYTHONPATH=str(ROOT))
+    done = run_script(__file__, out, 1, resumed, processes=2, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("diffu-GRPO on 6 prompts") == 5  # the main process prints, the other does not
     return out
 
 
 @pytest.fixture(scope="module")
-def four(one, tmp_path_factory):
+def four(tmp_path_factory):
     """Four processes with two copies of the model (HSDP)."""
     out = tmp_path_factory.mktemp("four")
-    done = run_script(__file__, out, one / "problems.jsonl", 2, processes=4, PYTHONPATH=str(ROOT))
+    done = run_script(__file__, out, 2, processes=4, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -141,7 +139,7 @@ def test_many_processes_give_the_run_of_one(one, many, name, request):
 def test_what_one_process_saved_two_resume_and_the_other_way(one, two, name, tmp_path, capsys):
     assert_same_run(folder_of(name, one), folder_of(name, two / "resumed"), 1e-5)
     resumed = without_the_last_step(two, tmp_path)
-    run(name, resumed, one / "problems.jsonl", "--resume")
+    run(name, resumed, "--resume")
     assert "step_000001" in capsys.readouterr().out
     assert_same_run(folder_of(name, one), folder_of(name, resumed), 1e-5)
 
@@ -213,7 +211,7 @@ def test_bfloat16_does_not_lose_small_updates(tmp_path, script):
 
 @pytest.mark.parametrize("options", ["", "--lora_r 4"])
 def test_before_the_first_update_the_kl_is_zero_in_bfloat16_too(tmp_path, options):
-    train(train_grpo, tmp_path / "run", f"--dtype bfloat16 --steps 1 --num_iterations 1 {options}")
+    train(train_grpo, tmp_path / "run", f"--data {PROBLEMS} --dtype bfloat16 --steps 1 --num_iterations 1 {options}")
     [row] = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert row["kl"] == 0 and row["clip_fraction"] == 0 and row["grad_norm"] > 0
 

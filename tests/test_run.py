@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from helpers import assert_same_run, read_rows, read_tensors, train, write_problems
+from helpers import PROBLEMS, assert_same_run, read_rows, read_tensors, train
 
 import run as run_module
 import train_grpo
@@ -20,8 +20,8 @@ from parallel import Stopped, processes
 
 SMALL = "--steps 3 --save_every 1 --eval_every 2"
 RUNS = {
-    "grpo": (train_grpo, f"{SMALL} --eval_count 3"),
-    "grpo with LoRA": (train_grpo, f"{SMALL} --lora_r 2 --lr 1e-3"),
+    "grpo": (train_grpo, f"{SMALL} --data {PROBLEMS} --eval_count 3"),
+    "grpo with LoRA": (train_grpo, f"{SMALL} --data {PROBLEMS} --lora_r 2 --lr 1e-3"),
     "sft": (train_sft, f"{SMALL} --task countdown --warmup 2"),
     "sft with LoRA": (train_sft, f"{SMALL} --task countdown --lora_r 2"),
 }
@@ -31,12 +31,9 @@ RUNS = {
 def uninterrupted(tmp_path_factory):
     """A function that starts or resumes a run of RUNS, and that gives the folder of one that nothing interrupted."""
     shared = tmp_path_factory.mktemp("uninterrupted")
-    problems = write_problems(shared)
 
     def start(name, out, more=""):
         script, options = RUNS[name]
-        if script is train_grpo:
-            options += f" --data {problems}"
         train(script, out, f"{options} {more}")
 
     @functools.cache

@@ -48,6 +48,7 @@ def test_accumulation_and_recomputation_change_nothing(run, tmp_path, options):
     assert_same_log(run[0], tmp_path / "again", 1e-4)  # the second step sees the weights of the first
 
 
+@pytest.mark.slow
 def test_random_weights_learn_and_the_held_out_loss_is_measured_on_fixed_masks(tmp_path):
     words = "--steps 25 --batch_size 16 --count 300 --warmup 5 --eval_every 5 --lr 2e-3"
     train(train_sft, tmp_path / "run", f"--task countdown --from_scratch {words}")
