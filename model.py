@@ -42,7 +42,8 @@ class Config(SimpleNamespace):
         """Read config.json. Exits naming a field that is missing, malformed or not supported."""
         path = Path(folder, "config.json")
         raw = read_json(path)
-        config = cls(**{"model_type": "", "weight_tying": False, "init_std": 0.02, **raw}, raw=raw)
+        defaults = {"model_type": "", "weight_tying": False, "init_std": 0.02}
+        config = cls(**{**defaults, **raw, "raw": raw})
         for name, value in SUPPORTED.items():
             if (vars(config).get(name, value) or 0) != value:
                 raise SystemExit(f"error: {path}: {name} must be {value!r}, no other is supported")

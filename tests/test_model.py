@@ -270,7 +270,7 @@ FAULTS = {  # name: (what happens to a good folder, words of the message)
     "an index of numbers": (write(INDEX, '{"weight_map": {"a": 3}}'), "No such file"),
     "neither shards nor file": (lambda f: (f / INDEX).unlink(), "model.safetensors: .*pickle .*convert it to"),
     "a renamed pickle": (lambda f: torch.save(torch.ones(9), f / SHARD), f"{SHARD}: .*pickle"),
-    "no floats": (set_tensor(lambda t: t.to(torch.int8)), f"{UP} holds .*whole numbers"),
+    "whole numbers": (set_tensor(lambda t: t.to(torch.int8)), f"{UP} holds .*no floats"),
     "eight bits": (set_tensor(lambda t: t.to(torch.float8_e4m3fn)), f"{UP} "),
     "NaN": (set_tensor(lambda t: t * float("nan")), f"{UP} holds NaN"),
     "Inf": (set_tensor(lambda t: -t / 0), f"{UP} holds NaN, Inf"),
