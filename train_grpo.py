@@ -215,7 +215,7 @@ def evaluate_policy(run, model, held_out, args, procs, generate):
         with gathered(model):
             means, _ = evaluate(model, run.tokenizer, task, held_out, procs, args.seed, **sampling)
         accuracy = means["accuracy"]
-        procs.print(f"step {run.step}: {accuracy:.1%} of held-out problems at {temperature=}")
+        procs.print(f"step {run.step}: {accuracy:.1%} of held-out problems right, {temperature=}")
         metrics = metrics or {f"held_out_{name}": mean for name, mean in means.items()}
         metrics["held_out_greedy"] = accuracy  # of the second round
     return metrics

@@ -190,8 +190,8 @@ def test_every_method_can_be_replaced(tmp_path):
         calls.append("generate")
         return sample.generate(*args, **options)
 
-    train(train_grpo, tmp_path / "run", f"--data {PROBLEMS} --microbatch 3 --steps 1 --eval_count 4", draw=draw, log_probs=log_probs,
-          objective=objective, generate=generate)
+    train(train_grpo, tmp_path / "run", f"--data {PROBLEMS} --microbatch 3 --steps 1 --eval_count 4",
+          draw=draw, log_probs=log_probs, objective=objective, generate=generate)
     parts = [[0, 1, 2], [3], [10, 11, 12], [13]]
     assert [call[1] for call in calls if call[0] == "objective"] == parts
     assert [call[1] for call in calls if call[0] == "log_probs"] == parts * 3  # old, reference, updates

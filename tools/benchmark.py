@@ -200,7 +200,7 @@ def cases_embedded(device, dtype, quick):
         yield Case(f"sampler, T {t:g}, {rows} x ({prompt.shape[1]} + 32)",
                    sampler(model, prompt, attn_mask, t, tokenizer.eos_id, **SCHEDULE), rows * 32)
         if not quick:
-            yield Case(f"  of 24, all to the end, T {t:g}",
+            yield Case(f"sampler, T {t:g}, 24 x ({prompt.shape[1]} + 32), all to the end",
                        sampler(model, prompt[:24], attn_mask[:24], t, **SCHEDULE), 24 * 32)
     large = build_model(device, dtype, **LARGE_VOCABULARY)
     shapes = [(1, 200, 256, 32)] if quick else [(2, 200, 256, 32), (1, 200, 256, 32), (6, 17, 32, 8)]
@@ -215,7 +215,7 @@ def cases_embedded(device, dtype, quick):
             yield Case(f"sampler, T {t:g}, 8B's proportions, a step of 6 x (200 + 256)",
                        average_step(shaped, 6, 200, 256, 32, t), 12)
     policy = make_policy(model)
-    prompts, mu = (8, 4) if quick else (16, 12)
+    prompts, mu = (8, 2) if quick else (16, 12)
     yield Case(f"update phase, mu {mu}, {prompts} x 6", update_phase(policy, prompts, 18, 32, mu))
     yield Case(f"whole step, T 0.9, mu {mu}, 4 x 6", whole_step(policy, tokenizer, examples, 4, mu, SCHEDULE), 24 * 32)
 
