@@ -129,12 +129,8 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(d_model, mlp_size, bias=False)
         self.ff_out = nn.Linear(mlp_size, d_model, bias=False)
 
-    def forward(self, x, cos, sin, attn_mask=None, keep=None, cache=None):
-        """x (B, T, C) -> (B, T, C), or (B, k, C) at the positions `keep`, int64 (B, k).
-
-        All positions give keys and values. cache: those of the whole canvas where x is a part,
-        with its start: (keys, values, start), see variants/fast_dllm.py.
-        """
+    def forward(self, x, cos, sin, attn_mask=None, keep=None):
+        """x (B, T, C) -> (B, T, C), or (B, k, C) where `keep`, int64 (B, k), names positions."""
         h = q_input = self.attn_norm(x)
         q_cos, q_sin = cos, sin  # (T, D)
         if keep is not None:
@@ -144,11 +140,6 @@ class Block(nn.Module):
         q, k, v = self.q_proj(q_input), self.k_proj(h), self.v_proj(h)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         q, k = apply_rope(q, q_cos, q_sin), apply_rope(k, cos, sin)  # (B, H, k, D), (B, KV, T, D)
-        if cache is not None:
-            keys, values, start = cache
-            end = start + k.shape[2]
-            keys[:, :, start:end], values[:, :, start:end] = k, v
-            k, v = keys, values
         a = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)
         x = x + self.attn_out(a.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
@@ -206,8 +197,6 @@ class LLaDA(nn.Module):
         load_weights(model.to_empty(device=device), folder)
         return model
 
-
-# ---------------------------------------------------------------- weights in and out
 
 def find_checkpoint(name):
     """The folder of a model: our data/tiny, a local folder, or a hub id's snapshot."""

@@ -133,8 +133,6 @@ def pick_device(name):
     return device
 
 
-# ---------------------------------------------------------------- FSDP2
-
 def compile_blocks(model):
     """Compile the blocks, in place. Rows leave and masks shrink: shapes are symbolic."""
     for block in model.blocks:

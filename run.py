@@ -231,8 +231,6 @@ class Run:
         self.procs.gather([])  # wait: until it is on the disk
 
 
-# ---------------------------------------------------------------- files
-
 def optimizer_state(model, optimizer):
     """AdamW's state, {"<parameter>/exp_avg": tensor, ...}; zeros before the first update."""
     state = {}

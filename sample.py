@@ -160,8 +160,6 @@ def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generat
     return Completions(ids, committed_at, lengths, texts)
 
 
-# ---------------------------------------------------------------- evaluation
-
 def encode_prompts(examples, tokenizer, room, procs):
     """Set example["ids"], the tokens of its prompt; skip, never cut, those of more than `room`."""
     for example in examples:
@@ -200,8 +198,6 @@ def evaluate(model, tokenizer, task, examples, procs, seed, *, rollout_batch, **
     names = [*task.score("", examples[0]), "effective_tokens", "rounds"]
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows
 
-
-# ---------------------------------------------------------------- command line
 
 def sampling_options(args):
     """What `complete` needs of the options."""

@@ -51,8 +51,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------- rows
-
 def encode_rows(examples, tokenizer, max_length, args, procs):
     """(ids, prompt length) of each row. Empty rows and too long rows are skipped and counted."""
     rows, too_long = [], 0
@@ -80,8 +78,6 @@ def split_rows(rows, seed):
     count = min(256, max(1, len(rows) // 100))
     return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
 
-
-# ---------------------------------------------------------------- the algorithm
 
 def collate(rows, eos_id):
     """Rows padded with EOS, which counts as answer. Returns ids (B, T) and answer (B, T) bool."""
@@ -149,8 +145,6 @@ def held_out_loss(model, rows, tokenizer, args, procs, weigh=sft_weights, draws=
             total += rows_loss(model, part, ids, noised, masked, weights).item()
     return procs.sum(total)
 
-
-# ---------------------------------------------------------------- the run
 
 def init_weights(model, generator):
     """Random weights: normal(0, init_std), smaller by sqrt(2 layers) into the residual stream."""

@@ -102,27 +102,6 @@ def test_keep_equals_choosing_from_all_logits():
     assert model(ids, keep=torch.zeros_like(masked)).shape == (0, 512)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_a_block_with_a_cache_equals_the_plain_block(name):
-    """Over any part of the canvas after a pass over all of it, with padding and grouped heads."""
-    data, model = tensors(f"{name}/cases.safetensors"), reference_model(name, torch.float64)
-    block, config = model.blocks[0], model.config
-    attn_mask = data["PL.attention_mask"].bool()[:, None, None]
-    x = model.model["transformer"]["wte"](data["PL.input_ids"])  # (3, 20, C)
-    cos, sin = rope_tables(20, config.head_dim, config.rope_theta, "cpu")
-    plain = block(x, cos, sin, attn_mask)
-    keys, values = torch.zeros(2, 3, config.n_kv_heads, 20, config.head_dim, dtype=torch.float64)
-    for start, end in ((0, 20), (9, 12), (5, 20), (0, 7)):
-        part = x[:, start:end], cos[start:end], sin[start:end], attn_mask
-        assert worst(block(*part, cache=(keys, values, start)), plain[:, start:end]) < 1e-10
-        chosen = block(*part, keep=torch.tensor([[1, 2]] * 3), cache=(keys, values, start))
-        assert worst(chosen, plain[:, start + 1:start + 3]) < 1e-10
-    block(x[:, 9:12] + 1, cos[9:12], sin[9:12], attn_mask, cache=(keys, values, 9))
-    changed = block(x[:, :7], cos[:7], sin[:7], attn_mask, cache=(keys, values, 0))
-    assert worst(changed, plain[:, :7]) > 1e-3  # a changed part is seen by the next one
-
-
 def test_a_too_long_input_is_a_plain_error():
     with pytest.raises(ValueError, match="129 tokens exceed max_sequence_length 128"):
         reference_model("llada_mha")(torch.zeros(1, 129, dtype=torch.int64))

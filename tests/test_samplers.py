@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, embedded, read_rows, reference_model, tensors
+from helpers import GOLDEN, ROOT, embedded, read_rows, reference_model, tensors, worst
 from torch.nn import functional as F
 
 import sample
 from data import TASKS
-from model import LLaDA
+from model import LLaDA, rope_tables
 from sample import choose, draw_noise, num_transfer_tokens, pad_left
 from tools.transcription import gumbel_argmax
 from variants import evaluate, fast_dllm, llada_sampler
@@ -234,3 +234,26 @@ def test_the_programs_run_from_any_directory(tmp_path, program):
     done = subprocess.run([sys.executable, ROOT / "variants" / f"{program}.py", "--help"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "--gen_length" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["llada_mha", "llada_gqa"])
+@torch.no_grad()
+def test_a_block_with_a_cache_equals_the_plain_block(name):
+    """Over any part of the canvas after a pass over all of it, with padding and grouped heads."""
+    data, model = tensors(f"{name}/cases.safetensors"), reference_model(name, torch.float64)
+    block, config = model.blocks[0], model.config
+    attn_mask = data["PL.attention_mask"].bool()[:, None, None]
+    x = model.model["transformer"]["wte"](data["PL.input_ids"])  # (3, 20, C)
+    cos, sin = rope_tables(20, config.head_dim, config.rope_theta, "cpu")
+    plain = block(x, cos, sin, attn_mask)
+    keys, values = torch.zeros(2, 3, config.n_kv_heads, 20, config.head_dim, dtype=torch.float64)
+    for start, end in ((0, 20), (9, 12), (5, 20), (0, 7)):
+        part = x[:, start:end], cos[start:end], sin[start:end], attn_mask
+        cached = fast_dllm.run_block(block, *part, None, (keys, values, start))
+        assert worst(cached, plain[:, start:end]) < 1e-10
+        keep = torch.tensor([[1, 2]] * 3)
+        chosen = fast_dllm.run_block(block, *part, keep, (keys, values, start))
+        assert worst(chosen, plain[:, start + 1:start + 3]) < 1e-10
+    fast_dllm.run_block(block, x[:, 9:12] + 1, cos[9:12], sin[9:12], attn_mask, None, (keys, values, 9))
+    changed = fast_dllm.run_block(block, x[:, :7], cos[:7], sin[:7], attn_mask, None, (keys, values, 0))
+    assert worst(changed, plain[:, :7]) > 1e-3  # a changed part is seen by the next one

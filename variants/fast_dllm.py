@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import at_least_float32, rope_tables
+from model import apply_rope, at_least_float32, rope_tables
 from sample import choose, num_transfer_tokens
 
 
@@ -97,7 +97,28 @@ def predict(model, x, attn_mask, positions, computed, caches):
     outputs = [None] * (len(caches) - 1) + [positions - computed.start]  # only the last block leaves positions out
     h = net["wte"](x[:, computed])  # (U, S, C)
     for block, keep, cache in zip(model.blocks, outputs, caches):
-        # not block(...): FSDP would take a block that is called alone for the whole model
-        h = block.forward(h, cos, sin, attn_mask, keep, cache=(*cache, computed.start))
+        h = run_block(block, h, cos, sin, attn_mask, keep, (*cache, computed.start))
     head = net["wte" if config.weight_tying else "ff_out"]
     return at_least_float32(F.linear(net["ln_f"](h), head.weight))  # (U, M, V)
+
+
+def run_block(block, x, cos, sin, attn_mask, keep, cache):
+    """model.Block.forward for a part of the canvas, which attends to keys and values of the whole of it.
+
+    x (U, S, C); cache: those keys and values, (U, KV, T, D), into which the part's go, and where the part starts.
+    """
+    keys, values, start = cache
+    part = slice(start, start + x.shape[1])
+    h = q_input = block.attn_norm(x)
+    q_cos, q_sin = cos, sin  # (S, D)
+    if keep is not None:
+        index = keep[..., None].expand(-1, -1, x.shape[-1])
+        x, q_input = x.gather(1, index), h.gather(1, index)  # (U, M, C)
+        q_cos, q_sin = cos[keep][:, None], sin[keep][:, None]  # (U, 1, M, D)
+    q, k, v = block.q_proj(q_input), block.k_proj(h), block.v_proj(h)
+    q, k, v = (y.unflatten(-1, (-1, block.head_dim)).transpose(1, 2) for y in (q, k, v))  # (U, H, S, D)
+    keys[:, :, part], values[:, :, part] = apply_rope(k, cos, sin), v
+    a = F.scaled_dot_product_attention(apply_rope(q, q_cos, q_sin), keys, values, attn_mask, enable_gqa=block.grouped)
+    x = x + block.attn_out(a.transpose(1, 2).flatten(2))
+    h = block.ff_norm(x)
+    return x + block.ff_out(F.silu(block.ff_proj(h)) * block.up_proj(h))  # (U, M, C)
