@@ -84,9 +84,11 @@ def adapter_parameters(model):
             for name, module in lora_modules(model).items() for x in "AB"}
 
 
-def save_adapter(model, folder, base, is_writer=True):
-    """Write the adapters and adapter_config.json. base: folder or hub id of the base model."""
+def save_trained(model, folder, base, is_writer=True):
+    """Save the adapters of a model that has some, else all weights. base: its name, for PEFT."""
     modules = lora_modules(model)
+    if not modules:
+        return save_weights(model, folder, is_writer)
     first = next(iter(modules.values()))
     targets = sorted({name.rpartition(".")[2] for name in modules})
     # the targets as a pattern: the LM head is called ff_out too, and PEFT would adapt it
@@ -97,14 +99,6 @@ def save_adapter(model, folder, base, is_writer=True):
     if is_writer:
         write_json(Path(folder, "adapter_config.json"), config)
         save_file(tensors, Path(folder, ADAPTER), metadata={"format": "pt"})
-
-
-def save_trained(model, folder, base, is_writer=True):
-    """Save the adapters of a model that has some, else all weights."""
-    if lora_modules(model):
-        save_adapter(model, folder, base, is_writer)
-    else:
-        save_weights(model, folder, is_writer)
 
 
 def load_trained(model, folder):

@@ -1,8 +1,7 @@
 """What surrounds a training: options, the model to train, the run's folder, its checkpoints.
 
-A checkpoint such as step_000120/ is a model folder (weights or adapter, tokenizer) with the
-optimizer's state beside it, all in safetensors. Every process writes its own part of that state,
-and a run saved by n processes resumes on m.
+A checkpoint such as step_000120/ is a model folder with the optimizer's state beside it, of which
+every process writes its own part. A run saved by n processes resumes on m.
 """
 import argparse
 import json
@@ -91,8 +90,13 @@ class Run:
         """Lock the folder and write config.json. Returns what speaks against it, if anything."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.out / ".lock", "w")  # held until this process ends
-        if not lock(self.lock):
+        try:
+            import fcntl
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # perhaps a worker that outlived its torchrun
             return "is in use: another process is writing there, stop it first"
+        except (ImportError, OSError):  # Windows, or a disk without locks
+            self.procs.print(f"note: {self.out} cannot be locked, start no second run in it")
         options, path = vars(self.args), self.out / "config.json"
         if {file.name for file in self.out.iterdir()} - {".lock", path.name}:
             if not options.get("resume"):
@@ -225,7 +229,15 @@ class Run:
         dcp.save(optimizer_state(self.model, self.optimizer), storage_writer=writer)
         if self.procs.is_main:
             self.tokenizer.save(unfinished)
-            finish_checkpoint(unfinished, folder, self.now | {"logs": self.logs})
+            record = self.now | {"logs": self.logs, "files": file_sizes(unfinished)}
+            write_json(unfinished / "files.json", record)
+            mode = (unfinished / "files.json").stat().st_mode  # the umask's; safetensors' is 0600
+            for path in (*unfinished.rglob("*"), unfinished):
+                path.chmod(mode | path.stat().st_mode & 0o111)
+                sync(path)
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            unfinished.rename(folder)  # so it is whole, or absent
+            sync(self.out)
             for old in checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
         self.procs.gather([])  # wait: until it is on the disk
@@ -260,32 +272,8 @@ def is_whole(folder):
     return listing.exists() and read_json(listing)["files"].items() <= file_sizes(folder).items()
 
 
-def finish_checkpoint(unfinished, folder, record):
-    """List all files, bring them to the disk, give the folder its name: it is whole or absent."""
-    write_json(unfinished / "files.json", record | {"files": file_sizes(unfinished)})
-    mode = (unfinished / "files.json").stat().st_mode  # as the umask says; safetensors' is 0600
-    for path in (*unfinished.rglob("*"), unfinished):
-        path.chmod(mode | path.stat().st_mode & 0o111)
-        sync(path)
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-    unfinished.rename(folder)
-    sync(folder.parent)
-
-
 def sync(path):
     """Force a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
-
-def lock(file):
-    """Whether this process alone holds the file. Workers may outlive a killed torchrun."""
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows, or a disk without locks
-        print(f"note: {file.name} cannot be locked: start no second run there", file=sys.stderr)
-    return True

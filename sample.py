@@ -238,14 +238,6 @@ def show(tokenizer, prompt_length, rounds, x, committed_at):
     time.sleep(0.08 * on_terminal)  # slow enough to see
 
 
-def answer(model, tokenizer, prompt, args, sampling):
-    """Print the completion of a prompt, with --watch while it comes into being."""
-    ids = tokenizer.encode_prompt(prompt)
-    if args.watch:
-        sampling["on_step"] = functools.partial(show, tokenizer, len(ids), args.diffusion_steps)
-    print(complete(model, tokenizer, [ids], [(args.seed, "answer")], **sampling).texts[0])
-
-
 def main(args, load=load_problems, generate=generate):
     """Answer, watch or evaluate. load(task, args, tokenizer, room, procs) gives the examples."""
     check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
@@ -258,12 +250,17 @@ def main(args, load=load_problems, generate=generate):
         tokenizer = Tokenizer.from_folder(checkpoint, model.config)
         if args.compile:
             compile_blocks(model)
-        if args.prompt:
-            return answer(model, tokenizer, args.prompt, args, sampling)
         room = model.config.max_sequence_length - args.gen_length
-        examples = load(args.task, args, tokenizer, room, procs)
+        examples = [{"prompt": args.prompt, "ids": tokenizer.encode_prompt(args.prompt)}]
+        if not args.prompt:
+            examples = load(args.task, args, tokenizer, room, procs)
+        ids = examples[0]["ids"]
         if args.watch:
-            return answer(model, tokenizer, examples[0]["prompt"], args, sampling)
+            draw = functools.partial(show, tokenizer, len(ids), args.diffusion_steps)
+            sampling["on_step"] = draw
+        if args.prompt or args.watch:
+            done = complete(model, tokenizer, [ids], [(args.seed, "answer")], **sampling)
+            return print(done.texts[0])
         run = Run(time.strftime("sample-%m%d-%H%M%S"), args, procs)
         task = TASKS[args.task]
         metrics, rows = evaluate(model, tokenizer, task, examples, procs, args.seed, **sampling)

@@ -72,13 +72,6 @@ def encode_rows(examples, tokenizer, max_length, args, procs):
     return rows
 
 
-def split_rows(rows, seed):
-    """Rows to train on and held-out rows: 1%, as the authors hold out, at most 256."""
-    order = torch.randperm(len(rows), generator=generator(seed, "held out")).tolist()
-    count = min(256, max(1, len(rows) // 100))
-    return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
-
-
 def collate(rows, eos_id):
     """Rows padded with EOS, which counts as answer. Returns ids (B, T) and answer (B, T) bool."""
     length = max(len(ids) for ids, _ in rows)
@@ -165,7 +158,9 @@ def main(args, weigh=sft_weights):
         max_length = min(args.max_length, run.config.max_sequence_length)
         examples = load_demonstrations(args.task, args.split, args.data, args.count, args.seed)
         rows = encode_rows(examples, run.tokenizer, max_length, args, procs)
-        rows, held_out = split_rows(rows, args.seed)
+        order = torch.randperm(len(rows), generator=generator(args.seed, "held out")).tolist()
+        count = min(256, max(1, len(rows) // 100))  # the authors hold out 1%, too
+        held_out, rows = [rows[i] for i in order[:count]], [rows[i] for i in order[count:]]
         model, optimizer = run.load(betas=(0.9, 0.999))
         if args.from_scratch and run.step == 0:
             init_weights(model, generator(args.seed, "weights"))
