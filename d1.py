@@ -1,8 +1,7 @@
 """The mathematics of d1 (arXiv:2504.12216) as pure functions of tensors.
 
-Stage one is masked SFT: `forward_process`, `sft_weights`. Stage two is diffu-GRPO:
-`one_step_logps`, `group_advantages`, `diffu_grpo_loss`. Shapes: N prompts of P tokens, each with
-G completions of L tokens, T = P + L; B rows of T tokens in SFT. Randomness is an argument.
+First masked SFT, then diffu-GRPO. Shapes: N prompts of P tokens, each with G completions of L
+tokens, T = P + L; B rows of T tokens in SFT; V entries of the vocabulary.
 """
 import hashlib
 
@@ -23,8 +22,6 @@ def draw_indices(size, step, count, seed):
     orders = [torch.randperm(size, generator=generator(seed, "order", epoch)) for epoch in epochs]
     return torch.cat(orders)[start:start + count].tolist()
 
-
-# ---------------------------------------------------------------- masked SFT
 
 def forward_process(ids, t, maskable, mask_id, generator):
     """Replace each maskable token by [MASK] with probability t (LLaDA, section 2.2).
@@ -51,14 +48,11 @@ def sft_loss(logps, masked, weights):
     return -(logps * weights[masked]).sum()
 
 
-# ---------------------------------------------------------------- diffu-GRPO
-
 def one_step_logps(model, prompt, prompt_masked, completions, mask_id, attn_mask=None):
     """log pi(o_l | q') of all tokens from one pass over a fully masked completion (section 3.2).
 
-    prompt (N, P); prompt_masked (N, P) bool, the tokens hidden in q'; completions (N, G, L);
-    attn_mask (N, P) bool, False at padding. Returns (N, G, L). The network does not see the
-    completion, so one row scores all G completions of a prompt.
+    prompt, prompt_masked (what q' hides), attn_mask (False at padding): (N, P); completions, and
+    what is returned: (N, G, L). The network sees no completion, so one row scores all G of them.
     """
     (N, P), L = prompt.shape, completions.shape[-1]
     noised = prompt.masked_fill(prompt_masked, mask_id)  # (N, P)

@@ -1,7 +1,4 @@
-"""LoRA (arXiv:2106.09685): adapters on the matrices of LLaDA's blocks, saved as PEFT saves them.
-
-tools/merge.py folds a trained adapter into its base.
-"""
+"""LoRA (arXiv:2106.09685): adapters on the matrices of LLaDA's blocks, in PEFT's files."""
 import contextlib
 from pathlib import Path
 

@@ -1,8 +1,7 @@
 """LLaDA in plain PyTorch: the transformer, and its weights in and out in the published layout.
 
 A LLaMA-style network with two differences: attention is bidirectional, and logits[i] predict token
-i, not i + 1. Parameters have the names of the published checkpoints. Everything on the disk is
-safetensors and JSON; no pickle is opened, and no code of a checkpoint is run.
+i, not i + 1. On the disk all is safetensors and JSON: no pickle is opened, no foreign code run.
 """
 import functools
 import json
@@ -27,10 +26,10 @@ SUPPORTED = {  # fields that would change the network, with the value of every p
     "block_group_size": 1, **dict.fromkeys((
         "alibi", "include_bias", "include_qkv_bias", "bias_for_layer_norm", "scale_logits",
         "attention_layer_norm", "input_emb_norm", "clip_qkv", "multi_query_attention",
-        "attention_dropout", "residual_dropout", "embedding_dropout"), 0),  # 0, false or null
+        "attention_dropout", "residual_dropout", "embedding_dropout", "weight_tying"), 0),
 }
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size",
-         "max_sequence_length", "mask_token_id", "eos_token_id")
+         "max_sequence_length", "mask_token_id", "eos_token_id")  # whole numbers
 SCALES = ("rope_theta", "rms_norm_eps", "init_std")
 
 
@@ -42,8 +41,7 @@ class Config(SimpleNamespace):
         """Read config.json. Exits naming a field that is missing, malformed or not supported."""
         path = Path(folder, "config.json")
         raw = read_json(path)
-        defaults = {"model_type": "", "weight_tying": False, "init_std": 0.02}
-        config = cls(**{**defaults, **raw, "raw": raw})
+        config = cls(**{"model_type": "", "init_std": 0.02, **raw, "raw": raw})
         for name, value in SUPPORTED.items():
             if (vars(config).get(name, value) or 0) != value:
                 raise SystemExit(f"error: {path}: {name} must be {value!r}, no other is supported")
@@ -68,9 +66,8 @@ def at_least_float32(x):
 def token_logps(x, head, targets):
     """log p of given tokens, from the features before the head, in float32 or wider.
 
-    x (..., C); head (V, C); targets (...) int64, or (..., G) for G tokens at each position. Gives
-    the shape of targets. Of several chunks of HEAD_CHUNK logits only one exists at a time, also in
-    the backward pass, which computes each again.
+    x (..., C); head (V, C); targets (...) int64, or (..., G) for G tokens at each position. Never
+    more than HEAD_CHUNK logits exist at a time: the backward pass computes them again.
     """
     def score(x, targets):
         return at_least_float32(F.linear(x, head)).log_softmax(-1).gather(-1, targets)
@@ -152,13 +149,11 @@ class LLaDA(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        size = config.embedding_size, config.d_model
-        modules = {"wte": nn.Embedding(*size),
-                   "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
-                   "ln_f": RMSNorm(config.d_model, config.rms_norm_eps)}
-        if not config.weight_tying:
-            modules["ff_out"] = nn.Linear(*size[::-1], bias=False)  # the head
-        self.model = nn.ModuleDict({"transformer": nn.ModuleDict(modules)})
+        self.model = nn.ModuleDict({"transformer": nn.ModuleDict({
+            "wte": nn.Embedding(config.embedding_size, config.d_model),
+            "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+            "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=False)})})  # the head
 
     @property
     def blocks(self):
@@ -185,7 +180,7 @@ class LLaDA(nn.Module):
             x = block(x, cos, sin, attn_mask)
         x = last_block(x, cos, sin, attn_mask, None if is_ragged else keep)  # (B, k, C)
         x = net["ln_f"](x[keep] if is_ragged else x)
-        head = net["wte" if config.weight_tying else "ff_out"].weight
+        head = net["ff_out"].weight
         return F.linear(x, head) if targets is None else token_logps(x, head, targets)
 
     @classmethod
@@ -233,10 +228,7 @@ def copy_into(parameter, tensor):
 
 
 def load_tensors(parameters, folder, single="model.safetensors"):
-    """Fill {name: parameter} from a checkpoint: one file, or the shards that an index names.
-
-    Exits naming a tensor that is missing, unexpected, misshaped or not finite.
-    """
+    """Fill {name: parameter} from one file, or from shards; exits naming the tensor at fault."""
     index = Path(folder, f"{single}.index.json")
     files = {"": single}
     if index.is_file():

@@ -1,7 +1,4 @@
-"""One process or many: torchrun's processes, signals that stop them, FSDP2 applied from outside.
-
-Without torchrun there is one process, nothing communicates, and a model stays a plain module.
-"""
+"""One process or many: torchrun's processes, signals to stop, FSDP2 applied from outside."""
 import contextlib
 import functools
 import os
@@ -125,9 +122,9 @@ def processes(args):
 def pick_device(name):
     """The torch.device of --device; "cuda" is the GPU of this process."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"error: --device {name}: torch sees no GPU here, use --device cpu")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise SystemExit(f"error: --device {name}: torch sees no GPU here, use --device cpu")
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local_rank if device.index is None else device)
     return device

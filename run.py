@@ -1,8 +1,5 @@
-"""What surrounds a training: options, the model to train, the run's folder, its checkpoints.
-
-A checkpoint such as step_000120/ is a model folder with the optimizer's state beside it, of which
-every process writes its own part. A run saved by n processes resumes on m.
-"""
+"""What surrounds a training: options, the model, the run's folder and its checkpoints, which
+are model folders such as step_000120/ with the optimizer's state beside it."""
 import argparse
 import json
 import os
@@ -36,10 +33,7 @@ MAY_CHANGE = {  # what may change when a run is resumed: it does not decide what
 
 
 def make_parser(argv, description, groups):
-    """A parser with the options of {group: {name: (8b, tiny, words)}}, and a glance at these.
-
-    The preset, which column holds, is --preset, or "tiny" for data/tiny's config.json, or "8b".
-    """
+    """A parser with the options of {group: {name: (8b, tiny, words)}}, and a glance at some."""
     parser = argparse.ArgumentParser(
         description=description.partition("\n")[0], add_help=False, allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, conflict_handler="resolve")

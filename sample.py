@@ -52,8 +52,8 @@ def num_transfer_tokens(block_length, rounds):
 def choose(logits, temperature, uniform, mask_id):
     """A token for every position, never [MASK]: at temperature 0 the argmax, else a draw.
 
-    logits (..., V); uniform (...) float64 in [0, 1) -> (...). LLaDA's argmax over Gumbel noise has
-    the same distribution, for V random numbers. In float64, or the tail would never be drawn.
+    logits (..., V); uniform (...) in [0, 1), float64: else the tail would never be drawn. LLaDA's
+    argmax over Gumbel noise has the same distribution, for V random numbers a token.
     """
     logits = logits.clone()
     logits[..., mask_id] = -torch.inf
@@ -138,10 +138,9 @@ Completions = namedtuple("Completions", "ids committed_at lengths texts")
 
 
 def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generate, **sampling):
-    """One completion of each prompt: the same for rollouts and for evaluation.
+    """One completion of each prompt, a list of token ids: for rollouts and for evaluation.
 
-    prompts: lists of token ids; keys: of their noise, see `draw_noise`; rollout_batch: rows in a
-    forward pass; sampling: gen_length, diffusion_steps, block_length, temperature, on_step.
+    keys: of the prompts' noise, see `draw_noise`; sampling: what `generate` takes besides.
     """
     device = next(model.parameters()).device
     batches = []
@@ -149,8 +148,8 @@ def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generat
         batch = slice(start, start + rollout_batch)
         noise = draw_noise(keys[batch], sampling["diffusion_steps"], sampling["block_length"])
         prompt, attn_mask = pad_left(prompts[batch], tokenizer.eos_id, device)
-        canvas = generate(model, prompt, attn_mask, noise.to(device), **sampling,
-                          mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id)
+        canvas = generate(model, prompt, attn_mask, noise.to(device), mask_id=tokenizer.mask_id,
+                          eos_id=tokenizer.eos_id, **sampling)
         batches.append(torch.stack(canvas)[:, :, prompt.shape[1]:])
     ids, committed_at = torch.cat(batches, dim=1)  # (R, L) both
     counted = completion_mask(ids, tokenizer.eos_id)
@@ -167,7 +166,7 @@ def encode_prompts(examples, tokenizer, room, procs):
     fitting = [example for example in examples if len(example["ids"]) <= room]
     if len(fitting) < len(examples):
         procs.print(f"skipped {len(examples) - len(fitting)} prompts of more than {room} tokens")
-    if not fitting:
+    if examples and not fitting:
         raise SystemExit(f"error: no prompt has {room} tokens or fewer: lower --gen_length")
     return fitting
 
@@ -205,7 +204,6 @@ def sampling_options(args):
 
 
 def new_parser(argv=None):
-    """The options, with the defaults that apply to a command line."""
     parser, _ = make_parser(argv, __doc__, OPTIONS)
     parser.add_argument("--task", choices=sorted(TASKS), help="evaluate it, or watch one problem")
     return parser
@@ -227,10 +225,10 @@ COLOURS = (21, 27, 39, 51, 48, 46, 118, 190, 226, 220, 214, 208, 202, 196)  # bl
 def show(tokenizer, prompt_length, rounds, x, committed_at):
     """Draw the canvas: masks as shades, EOS as dots, tokens in the colour of their round."""
     canvas, on_terminal = "", sys.stdout.isatty()
+    symbols = {tokenizer.mask_id: "░", tokenizer.eos_id: "·"}
     steps = committed_at[0, prompt_length:].tolist()
     for token, step in zip(x[0, prompt_length:].tolist(), steps):
-        symbol = {tokenizer.mask_id: "░", tokenizer.eos_id: "·"}.get(token)
-        text = symbol or tokenizer.decode([token])
+        text = symbols.get(token) or tokenizer.decode([token])
         if on_terminal and step >= 0:
             text = f"\x1b[38;5;{COLOURS[step * len(COLOURS) // rounds]}m{text}\x1b[0m"
         canvas += text
@@ -256,8 +254,8 @@ def main(args, load=load_problems, generate=generate):
             examples = load(args.task, args, tokenizer, room, procs)
         ids = examples[0]["ids"]
         if args.watch:
-            draw = functools.partial(show, tokenizer, len(ids), args.diffusion_steps)
-            sampling["on_step"] = draw
+            rounds = args.diffusion_steps
+            sampling["on_step"] = functools.partial(show, tokenizer, len(ids), rounds)
         if args.prompt or args.watch:
             done = complete(model, tokenizer, [ids], [(args.seed, "answer")], **sampling)
             return print(done.texts[0])

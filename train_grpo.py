@@ -61,7 +61,6 @@ PAPER_UPDATES = {  # how long the paper trains LLaDA-8B on a task: (updates, num
 
 
 def new_parser(argv=None):
-    """The options, with the defaults that apply to a command line."""
     parser, glance = make_parser(argv, __doc__, OPTIONS)
     parser.add_argument("--task", choices=sorted(TASKS), required=True)
     if glance.preset == "8b":
@@ -73,8 +72,6 @@ def new_parser(argv=None):
 def parse_args(argv=None):
     return new_parser(argv).parse_args(argv)
 
-
-# ---------------------------------------------------------------- the algorithm
 
 @dataclass
 class Rollout:
@@ -180,20 +177,14 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
             (loss * procs.world).backward()  # FSDP averages over the processes, we want the sum
             stats.append({"loss": loss.detach(), **shares})
         grad_norm += clip_and_step(optimizer, args.grad_clip, loss, procs) / mu
-    no_spread = procs.sum((rollout.advantages.abs() < 1e-6).all(1).sum())  # they teach nothing
     log = {name: procs.sum(sum(shares[name] for shares in stats)) / mu for name in stats[0]}
+    no_spread = procs.sum((rollout.advantages.abs() < 1e-6).all(1).sum())  # they teach nothing
     log["zero_spread_fraction"] = no_spread / args.prompts_per_step
-    return {**mean_of_rows(rows, procs), **log, "grad_norm": grad_norm}, rows
+    for name, value in rows[0].items():
+        if not isinstance(value, str):
+            log[name] = procs.sum(sum(row[name] for row in rows)) / procs.sum(len(rows))
+    return {**log, "grad_norm": grad_norm}, rows
 
-
-def mean_of_rows(rows, procs):
-    """{name: mean} of the numbers in the rows of all processes."""
-    names = [name for name, value in rows[0].items() if not isinstance(value, str)]
-    numbers = procs.gather([[row[name] for name in names] for row in rows])
-    return {name: sum(column) / len(column) for name, column in zip(names, zip(*numbers))}
-
-
-# ---------------------------------------------------------------- the run
 
 def load_prompts(run, args, procs):
     """Training and held-out examples with the tokens of their prompts."""
@@ -201,8 +192,6 @@ def load_prompts(run, args, procs):
     examples = task.load("train", data=args.data or None, seed=args.seed)
     examples = encode_prompts(examples, run.tokenizer, room, procs)
     source = args.eval_data or ("" if Path(args.data).is_file() else args.data)
-    if not args.eval_count:
-        return examples, []
     held_out = task.load("test", data=source or None, count=args.eval_count)
     return examples, encode_prompts(held_out, run.tokenizer, room, procs)
 

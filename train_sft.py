@@ -3,8 +3,6 @@
     for each row: draw t ~ U(0, 1); replace every token of the completion by [MASK] with
     probability t; predict those tokens from the rest; weight their cross-entropy by 1 / t
 
-The prompt is never masked. EOS padding ends the completion and is trained: so it learns to stop.
-
     python train_sft.py --task countdown sudoku            the embedded model, on demonstrations
     python train_sft.py --data rows.jsonl --model MODEL    your rows of "prompt" and "completion"
 """

@@ -4,7 +4,7 @@ import torch
 from helpers import GOLDEN, generator, worst
 from safetensors.torch import load_file
 
-from lora import (ADAPTER, LORA_TARGETS, adapters_off, add_lora, init_lora, load_trained, lora_modules, save_adapter,
+from lora import (ADAPTER, LORA_TARGETS, adapters_off, add_lora, init_lora, load_trained, lora_modules,
                   save_trained)
 from model import LLaDA
 
@@ -69,7 +69,7 @@ def test_wrong_targets_are_refused(targets, fresh):
 def test_peft_reads_our_adapter_and_we_read_theirs(targets, fresh, tmp_path):
     peft = pytest.importorskip("peft")
     adapted_logits = add_adapters(fresh, targets)(IDS)
-    save_adapter(fresh, tmp_path, "base")
+    save_trained(fresh, tmp_path, "base")
     base, again = (LLaDA.from_pretrained(GOLDEN / "llada_mha", dtype=torch.float64) for _ in range(2))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
     assert worst(theirs.base_model.model(IDS), adapted_logits) < 1e-10
@@ -101,7 +101,7 @@ def test_what_was_trained_is_saved_and_loaded(adapted, fresh, tmp_path):
     ("llada_mha", 4, ["v_proj", "k_proj"], "k_proj.lora_A.weight is missing"),
     ("llada_gqa", 4, ["v_proj"], r"v_proj.lora_B.weight is \[64, 4\], the model needs \[32, 4\]")])
 def test_adapters_of_another_form_are_refused_in_one_line(name, r, targets, words, fresh, tmp_path):
-    save_adapter(add_adapters(fresh, ["v_proj"]), tmp_path, "base")
+    save_trained(add_adapters(fresh, ["v_proj"]), tmp_path, "base")
     model = add_lora(LLaDA.from_pretrained(GOLDEN / name), r, 6, targets)
     with pytest.raises(SystemExit, match=rf"^error: {tmp_path}: [^\n]*{words}[^\n]*$"):
         load_trained(model, tmp_path)

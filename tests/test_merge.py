@@ -10,7 +10,7 @@ from helpers import GOLDEN, generator, reference_model, worst
 from safetensors.torch import load_file, save_file
 
 import model as model_file
-from lora import ADAPTER, add_lora, init_lora, lora_modules, save_adapter
+from lora import ADAPTER, add_lora, init_lora, lora_modules, save_trained
 from model import LLaDA, save_weights
 from tools import merge as merge_file
 from tools.merge import merge
@@ -39,7 +39,7 @@ def save_adapted(base, folder, targets=("q_proj", "up_proj", "ff_out"), seed=0):
     for name, module in lora_modules(model).items():
         module.lora_B.data.normal_(0, 0.1, generator=generator(len(name) + seed))
     folder.mkdir()
-    save_adapter(model, folder, str(base))
+    save_trained(model, folder, str(base))
     return model
 
 

@@ -161,15 +161,6 @@ def test_no_tensor_of_positions_times_vocabulary_exists(trained, monkeypatch, tm
 
 # ---------------------------------------------------------------- config and weights
 
-@torch.no_grad()
-def test_tied_weights_equal_an_untied_head_with_the_same_values(tmp_path):
-    untied = LLaDA(make_config(tmp_path))
-    tied = LLaDA(make_config(tmp_path, weight_tying=True))
-    head = "model.transformer.ff_out.weight"
-    tied.load_state_dict({name: p for name, p in untied.state_dict().items() if name != head}, strict=True)
-    untied.get_parameter(head).copy_(untied.get_parameter("model.transformer.wte.weight"))
-    assert torch.equal(tied(IDS), untied(IDS))
-
 
 def test_init_weights_is_private_repeatable_and_smaller_into_the_residual(tmp_path):
     models = [LLaDA(make_config(tmp_path)) for _ in range(3)]  # nn.Linear itself draws from the global state
@@ -262,7 +253,7 @@ FAULTS = {  # name: (what happens to a good folder, words of the message)
         ("max_sequence_length", 0)]},
     "d_model = 66": (set_config(d_model=66), r"attn_norm.weight is \[64\], the model needs \[66\]"),
     "n_kv_heads = 3": (set_config(n_kv_heads=3), r"k_proj.weight is \[64, 64\], the model needs \[48, 64\]"),
-    "weight_tying = 'yes'": (set_config(weight_tying="yes"), "transformer.ff_out.weight is .* no such tensor"),
+    "weight_tying = 'yes'": (set_config(weight_tying="yes"), "weight_tying must be"),
 }
 
 

@@ -142,13 +142,8 @@ def test_what_one_process_saved_two_resume_and_the_other_way(one, two, name, tmp
     run(name, resumed, "--resume")
     assert "step_000001" in capsys.readouterr().out
     assert_same_run(folder_of(name, one), folder_of(name, resumed), 1e-5)
-
-
-@pytest.mark.slow
-def test_each_process_saves_its_own_part_of_the_optimizer(one, two):
-    for name in RUNS:
-        counts = [len(list(folder_of(name, runs).glob("step_000002/optimizer/*.safetensors"))) for runs in (one, two)]
-        assert counts == [1, 2]
+    for runs, parts in ((one, 1), (two, 2)):  # every process saves its own part of the optimizer
+        assert len(list(folder_of(name, runs).glob("step_000002/optimizer/*.safetensors"))) == parts
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def is_covered(name, case):
 
 
 ALL_CASES = json.loads((GOLDEN / "sampler/cases.json").read_text())
-CASES = {name: case for name, case in ALL_CASES.items() if is_covered(name, case)}
+CASES = {name: case for name, case in ALL_CASES.items() if is_covered(name, case)}  # 12 of 22
 ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
 PUZZLES = [example["prompt"] for example in TASKS["countdown"].load("test", count=6)]
 SHORT = dict(gen_length=16, diffusion_steps=8, block_length=8)
@@ -60,10 +60,6 @@ def test_every_step_equals_the_official_sampler(name, monkeypatch):
     assert torch.equal(ids, OFFICIAL[f"{name}.final"])
     for step, canvas in enumerate(history):  # committed_at replays the run
         assert torch.equal(torch.where(committed_at <= step, ids, case["mask_id"]), canvas)
-
-
-def test_the_sampler_covers_twelve_of_the_official_runs():
-    assert len(CASES) == 12 and len(ALL_CASES) == 22
 
 
 def test_the_tokens_of_a_round_equal_the_official_table():
@@ -124,15 +120,6 @@ def test_a_completion_depends_neither_on_its_batch_nor_on_its_neighbours(tempera
         alone = answer([text], temperature)
         assert torch.equal(alone.ids[0], together.ids[i]) and alone.texts[0] == together.texts[i]
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_rows_of_one_prompt_draw_noise_of_their_own():
-    model, tokenizer = embedded()
-    prompts, sampling = [tokenizer.encode_prompt(PUZZLES[0])] * 4, dict(rollout_batch=4, temperature=1.0, **SHORT)
-    rows = complete(model, tokenizer, prompts, [(1, i) for i in range(4)], **sampling).ids
-    assert len({tuple(row) for row in rows.tolist()}) > 1
-    again = complete(model, tokenizer, prompts, [(1, 0)] * 4, **sampling).ids
-    assert torch.equal(again, rows[:1].expand(4, -1))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

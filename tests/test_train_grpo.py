@@ -34,7 +34,6 @@ def run(tmp_path_factory):
     return out, train(train_grpo, out, "--eval_count 4")
 
 
-
 # ---------------------------------------------------------------- the numbers
 
 def test_a_run_gives_the_numbers_of_the_reference_run(run):

@@ -42,7 +42,7 @@ def train_bpe(texts, vocabulary):
 
 
 def make_tokenizer(folder):
-    """Write a tokenizer trained on the prompts and demonstrations of both tasks, and data/tiny's config with its ids."""
+    """Write a tokenizer trained on prompts and demonstrations of both tasks, and data/tiny's config with its ids."""
     if folder.exists():
         raise SystemExit(f"error: {folder} exists; another tokenizer would make its model useless, name a new folder")
     texts = ["\n\n", "user", "assistant", "system"] * 50

@@ -98,8 +98,7 @@ def predict(model, x, attn_mask, positions, computed, caches):
     h = net["wte"](x[:, computed])  # (U, S, C)
     for block, keep, cache in zip(model.blocks, outputs, caches):
         h = run_block(block, h, cos, sin, attn_mask, keep, (*cache, computed.start))
-    head = net["wte" if config.weight_tying else "ff_out"]
-    return at_least_float32(F.linear(net["ln_f"](h), head.weight))  # (U, M, V)
+    return at_least_float32(F.linear(net["ln_f"](h), net["ff_out"].weight))  # (U, M, V)
 
 
 def run_block(block, x, cos, sin, attn_mask, keep, cache):
