@@ -247,7 +247,8 @@ FAULTS = {  # name: (what happens to a good folder, words of the message)
     "no size": (set_config(mlp_ratio=None, mlp_hidden_size=None), "config.json: mlp_hidden_size"),
     **{f"{field} = {value!r}": (set_config(**{field: value}), rf"config.json: .*{field}") for field, value in [
         ("model_type", "llama"), ("model_type", None), ("alibi", True), ("clip_qkv", 8), ("residual_dropout", 0.1),
-        ("rope", False), ("block_group_size", 2), ("mask_token_id", None), ("mask_token_id", 512), ("eos_token_id", -1),
+        ("rope", False), ("block_group_size", 2), ("mask_token_id", None), ("mask_token_id", 512),
+        ("eos_token_id", -1),
         ("eos_token_id", 512), ("n_layers", True), ("n_layers", 2.5), ("n_heads", 0), ("d_model", "64"),
         ("d_model", None), ("rope_theta", -1.0), ("rope_theta", 0), ("rms_norm_eps", float("nan")),
         ("max_sequence_length", 0)]},

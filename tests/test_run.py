@@ -273,6 +273,7 @@ def test_a_resumed_run_may_change_how_it_is_computed(crash):
     assert minutes == sorted(minutes)  # the clock of the whole run, over both lives
 
 
+@pytest.mark.slow
 def test_a_finished_rl_run_may_be_made_longer(uninterrupted, tmp_path):
     start, folder = uninterrupted
     start("grpo with LoRA", tmp_path / "run", "--steps 2")

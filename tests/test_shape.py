@@ -7,7 +7,7 @@ import tokenize
 
 import pytest
 import train_grpo
-from helpers import ROOT, train
+from helpers import PROBLEMS, ROOT, train
 
 NAMES = "d1 lora model parallel run sample train_grpo train_sft"
 PATH = [ROOT / f"{name}.py" for name in NAMES.split()]
@@ -113,7 +113,7 @@ def trace_a_step(out, monkeypatch):
             sys.settrace(before)
 
     monkeypatch.setattr(train_grpo, "train_step", traced_step)
-    train(train_grpo, out, "--steps 1")
+    train(train_grpo, out, f"--steps 1 --data {PROBLEMS}")
     return ran
 
 

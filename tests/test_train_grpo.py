@@ -49,7 +49,7 @@ def test_a_run_with_lora_gives_the_numbers_of_the_reference_run_and_trains_the_a
 
 
 @pytest.mark.parametrize("options, tolerance", [
-    ("", 0), ("--microbatch 1 --rollout_batch 5", 1e-5), ("--checkpoint_activations", 1e-6)])
+    ("", 0), ("--microbatch 1 --rollout_batch 5", 1e-5), pytest.param("--checkpoint_activations", 1e-6, marks=pytest.mark.slow)])
 def test_the_same_options_give_the_same_run_in_whatever_parts_it_is_computed(run, tmp_path, options, tolerance):
     state = torch.get_rng_state()
     train(train_grpo, tmp_path / "again", f"--eval_count 4 {options}")
