@@ -175,11 +175,12 @@ class Run:
 
     def finish(self, **results):
         """Write summary.json: results, and the held-out metrics before and after training."""
-        log = self.out / "metrics.jsonl"
+        log, times = self.out / "metrics.jsonl", {0: "before", self.step: "after"}
         lines = log.read_text("utf-8").splitlines() if log.exists() else []
-        held_out = [json.loads(line) for line in lines if "held_out_" in line]
-        for when, row in zip(("before", "after"), held_out[:1] + held_out[-1:]):
-            results |= {f"{name[9:]}_{when}": row[name] for name in row if "held_out_" in name}
+        for row in [json.loads(line) for line in lines if "held_out_" in line]:
+            when = times.get(row["step"], "")
+            if when:
+                results |= {f"{name[9:]}_{when}": row[name] for name in row if "held_out_" in name}
         summary = {"task": self.args.task, "seed": self.args.seed, "steps": self.step, **results,
                    "minutes": self.now["minutes"], "device": self.device}
         if self.procs.is_main:
@@ -194,7 +195,8 @@ class Run:
         if folders and not whole:
             raise SystemExit(f"error: --out {self.out} has only damaged checkpoints: remove them")
         if folders != whole:
-            self.procs.print(f"skipped {set(folders) - set(whole)}: damaged")
+            damaged = [folder.name for folder in folders if folder not in whole]
+            self.procs.print(f"skipped {' '.join(damaged)}: files are missing or of another size")
         for folder in self.procs.gather(whole[-1:])[:1]:  # all processes take the same
             load_trained(self.model, folder)
             state = optimizer_state(self.model, self.optimizer)
@@ -232,7 +234,7 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             unfinished.rename(folder)  # so it is whole, or absent
             sync(self.out)
-            for old in checkpoints(self.out)[:-2]:
+            for old in list(filter(is_whole, checkpoints(self.out)))[:-2]:
                 shutil.rmtree(old)
         self.procs.gather([])  # wait: until it is on the disk
 
