@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 def generator(*key):
     """A torch.Generator seeded by a key such as (seed, "rollout", step, prompt)."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
+    digest = hashlib.sha256(repr(key).encode()).digest()  # neighbouring keys, unrelated seeds
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -29,7 +29,7 @@ def forward_process(ids, t, maskable, mask_id, generator):
     ids (B, T) int64; t (B,); maskable (B, T) bool. Returns the noised ids and what was masked.
     """
     masked = (torch.rand(ids.shape, generator=generator) < t[:, None]) & maskable
-    return ids.masked_fill(masked, mask_id), masked
+    return ids.masked_fill(masked, mask_id), masked  # (B, T) both
 
 
 def sft_weights(t, answer):
@@ -45,7 +45,7 @@ def sft_loss(logps, masked, weights):
 
     logps (M,): of the true tokens where `masked` is True, row by row; masked, weights (B, T).
     """
-    return -(logps * weights[masked]).sum()
+    return -(logps * weights[masked]).sum()  # (M,) summed
 
 
 def one_step_logps(model, prompt, prompt_masked, completions, mask_id, attn_mask=None):
@@ -66,7 +66,7 @@ def one_step_logps(model, prompt, prompt_masked, completions, mask_id, attn_mask
 
 def completion_mask(completions, eos_id):
     """True for the tokens that count, up to and including the first EOS. (..., L) -> bool."""
-    eos_so_far = (completions == eos_id).cumsum(-1)
+    eos_so_far = (completions == eos_id).cumsum(-1)  # (..., L), at and before a token
     return (eos_so_far == 0) | ((eos_so_far == 1) & (completions == eos_id))
 
 
@@ -77,7 +77,7 @@ def group_advantages(rewards):
 
 def kl_k3(logps, ref_logps):
     """Schulman's k3 estimate of KL(policy || reference) per token, 0 where they agree."""
-    difference = ref_logps - logps
+    difference = ref_logps - logps  # (N, G, L)
     return difference.exp() - difference - 1
 
 
@@ -96,12 +96,12 @@ def diffu_grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta
     # what does not count is 0 before exp: an overflow there would be inf * 0 = NaN
     log_ratio = (logps - old_logps).masked_fill(~mask, 0)  # (N, G, L)
     ratio = log_ratio.clamp(max=80).exp()  # float32's exp overflows at 88
-    gain = ratio * advantages[..., None]
+    gain = ratio * advantages[..., None]  # (N, G, L)
     clipped_gain = ratio.clamp(1 - epsilon, 1 + epsilon) * advantages[..., None]
-    per_token = -torch.minimum(gain, clipped_gain)
+    per_token = -torch.minimum(gain, clipped_gain)  # (N, G, L)
     stats = {"clip_fraction": mean((clipped_gain < gain).float())}  # tokens that lose the gradient
     if beta:
-        kl = kl_k3(logps.masked_fill(~mask, 0), ref_logps.masked_fill(~mask, 0))
+        kl = kl_k3(logps.masked_fill(~mask, 0), ref_logps.masked_fill(~mask, 0))  # (N, G, L)
         per_token = per_token + beta * kl
         stats["kl"] = mean(kl.detach())
     return mean(per_token), stats

@@ -20,14 +20,14 @@ class LoRALinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight.requires_grad_(False)
         self.r, self.alpha, self.scale = r, alpha, alpha / r
-        self.active = True
+        self.active = True  # off in `adapters_off`
         # float32 over a bfloat16 base, too: in eight bits of mantissa steps of 3e-6 would vanish
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features, dtype=dtype))
         self.lora_B = nn.Parameter(linear.weight.new_empty(linear.out_features, r, dtype=dtype))
 
     def forward(self, x):
-        y = F.linear(x, self.weight)
+        y = F.linear(x, self.weight)  # (..., out)
         if not self.active:
             return y
         low = F.linear(x, self.lora_A.to(x.dtype))  # (..., r), computed in the model's dtype
@@ -45,7 +45,7 @@ def add_lora(model, r, alpha, targets):
     unknown = set(targets) - set(LORA_TARGETS)
     if unknown or not targets:
         raise SystemExit(f"error: --lora_targets {targets}: choose some of {LORA_TARGETS}")
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # only adapters learn
     for block in model.blocks:
         for target in targets:
             setattr(block, target, LoRALinear(getattr(block, target), r, alpha))
@@ -55,7 +55,7 @@ def add_lora(model, r, alpha, targets):
 def init_lora(model, generator):
     """Draw A as PEFT does, kaiming_uniform(a=sqrt(5)); B is 0, so the model equals its base."""
     for module in lora_modules(model).values():
-        bound = module.in_features ** -0.5
+        bound = module.in_features ** -0.5  # of the uniform distribution
         draws = torch.rand(module.lora_A.shape, generator=generator)
         copy_into(module.lora_A, draws * 2 * bound - bound)
         copy_into(module.lora_B, torch.zeros(module.lora_B.shape))
@@ -87,7 +87,7 @@ def save_trained(model, folder, base, is_writer=True):
     if not modules:
         return save_weights(model, folder, is_writer)
     first = next(iter(modules.values()))
-    targets = sorted({name.rpartition(".")[2] for name in modules})
+    targets = sorted({name.rpartition(".")[2] for name in modules})  # such as q_proj
     # the targets as a pattern: the LM head is called ff_out too, and PEFT would adapt it
     pattern = rf".*\.blocks\.\d+\.({'|'.join(targets)})"
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": first.r, "bias": "none",

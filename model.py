@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 HEAD_CHUNK = 2 ** 26  # logits that exist at a time while tokens are scored: 0.25 GB in float32
-MAX_SHARD_BYTES = 5_000_000_000
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_SHARD_BYTES = 5_000_000_000  # as the hub's libraries cut large models
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights may be
 recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 SUPPORTED = {  # fields that would change the network, with the value of every published LLaDA
     "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "rope": True,
@@ -69,11 +69,11 @@ def token_logps(x, head, targets):
     x (..., C); head (V, C); targets (...) int64, or (..., G) for G tokens at each position. Never
     more than HEAD_CHUNK logits exist at a time: the backward pass computes them again.
     """
-    def score(x, targets):
+    def score(x, targets):  # (size, C), (size, G) -> (size, G)
         return at_least_float32(F.linear(x, head)).log_softmax(-1).gather(-1, targets)
 
     tokens = targets if targets.dim() == x.dim() else targets[..., None]  # (..., G)
-    size = max(1, HEAD_CHUNK // len(head))
+    size = max(1, HEAD_CHUNK // len(head))  # positions in a chunk
     chunks = list(zip(x.flatten(0, -2).split(size), tokens.flatten(0, -2).split(size)))
     if len(chunks) > 1:  # else the backward pass needs all logits at once in any case
         score = functools.partial(recompute, score)
@@ -90,21 +90,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        normed = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)
-        return self.weight * normed.to(x.dtype)
+        normed = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)  # (..., C)
+        return self.weight * normed.to(x.dtype)  # rounded first, then weighted
 
 
 def rope_tables(length, head_dim, theta, device):
     """cos and sin of position * theta ** (-2i / head_dim), two float32 (length, head_dim)."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
-    angles = torch.outer(torch.arange(length, device=device).float(), inverse).repeat(1, 2)
+    angles = torch.outer(torch.arange(length, device=device).float(), inverse).repeat(1, 2)  # (T, D)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x, cos, sin):
     """Rotate x (B, H, T, D) by its positions, in float32 or wider; halves of D form the pairs."""
     wide = at_least_float32(x)
-    left, right = wide.chunk(2, dim=-1)
+    left, right = wide.chunk(2, dim=-1)  # (B, H, T, D / 2)
     return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
@@ -115,7 +115,7 @@ class Block(nn.Module):
         super().__init__()
         d_model, mlp_size = config.d_model, config.mlp_hidden_size
         self.head_dim = config.head_dim
-        self.grouped = config.n_kv_heads != config.n_heads
+        self.grouped = config.n_kv_heads != config.n_heads  # several queries share a key
         self.attn_norm = RMSNorm(d_model, config.rms_norm_eps)
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, config.n_kv_heads * config.head_dim, bias=False)
@@ -128,18 +128,18 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, attn_mask=None, keep=None):
         """x (B, T, C) -> (B, T, C), or (B, k, C) where `keep`, int64 (B, k), names positions."""
-        h = q_input = self.attn_norm(x)
+        h = q_input = self.attn_norm(x)  # (B, T, C)
         q_cos, q_sin = cos, sin  # (T, D)
         if keep is not None:
-            index = keep[..., None].expand(-1, -1, x.shape[-1])
+            index = keep[..., None].expand(-1, -1, x.shape[-1])  # (B, k, C)
             x, q_input = x.gather(1, index), h.gather(1, index)  # (B, k, C)
             q_cos, q_sin = cos[keep][:, None], sin[keep][:, None]  # (B, 1, k, D)
         q, k, v = self.q_proj(q_input), self.k_proj(h), self.v_proj(h)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         q, k = apply_rope(q, q_cos, q_sin), apply_rope(k, cos, sin)  # (B, H, k, D), (B, KV, T, D)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)
-        x = x + self.attn_out(a.transpose(1, 2).flatten(2))
-        h = self.ff_norm(x)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)  # (B, H, k, D)
+        x = x + self.attn_out(a.transpose(1, 2).flatten(2))  # (B, k, C)
+        h = self.ff_norm(x)  # (B, k, C)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))  # (B, k, C)
 
 
@@ -177,17 +177,17 @@ class LLaDA(nn.Module):
         x = net["wte"](ids)  # (B, T, C)
         *first_blocks, last_block = self.blocks
         for block in first_blocks:
-            x = block(x, cos, sin, attn_mask)
+            x = block(x, cos, sin, attn_mask)  # (B, T, C)
         x = last_block(x, cos, sin, attn_mask, None if is_ragged else keep)  # (B, k, C)
         x = net["ln_f"](x[keep] if is_ragged else x)
-        head = net["ff_out"].weight
+        head = net["ff_out"].weight  # (V, C)
         return F.linear(x, head) if targets is None else token_logps(x, head, targets)
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
         """Load a checkpoint, a folder or hub id: the short way to a plain model."""
         folder = find_checkpoint(name)
-        with torch.device("meta"):
+        with torch.device("meta"):  # no memory until the weights come
             model = cls(Config.from_folder(folder)).to(dtype)
         load_weights(model.to_empty(device=device), folder)
         return model
@@ -224,7 +224,7 @@ def copy_into(parameter, tensor):
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)  # nothing is sent
-    parameter.copy_(tensor)
+    parameter.copy_(tensor)  # casts to the parameter's dtype
 
 
 def load_tensors(parameters, folder, single="model.safetensors"):
@@ -252,7 +252,7 @@ def load_tensors(parameters, folder, single="model.safetensors"):
         tensor = stored[name].get_tensor(name)
         if tensor.dtype not in FLOATS or not tensor.isfinite().all():
             raise SystemExit(f"error: {folder}: {name} holds NaN, Inf or no floats")
-        copy_into(parameters[name], tensor)
+        copy_into(parameters[name], tensor)  # one tensor in memory at a time
 
 
 def load_weights(model, folder):

@@ -50,13 +50,13 @@ class Processes:
         if count % self.world:
             raise SystemExit(f"error: {option} {count} does not divide by {self.world} processes")
         size = count // self.world
-        return range(self.rank * size, (self.rank + 1) * size)
+        return range(self.rank * size, (self.rank + 1) * size)  # neighbours stay together
 
     def gather(self, rows):
         """The lists of all processes as one list, in the order of the processes."""
         if self.world == 1:
             return rows
-        lists = [None] * self.world
+        lists = [None] * self.world  # filled in place
         dist.all_gather_object(lists, rows)
         return [row for rows in lists for row in rows]
 
@@ -67,14 +67,14 @@ class Processes:
     def print(self, text):
         """Print on the main process, above its progress bar."""
         if self.is_main:
-            tqdm.write(text)
+            tqdm.write(text)  # stdout, flushed by line
 
     def bar(self, *args, **options):
         """A progress bar, on the main process, and there on a terminal alone."""
         return tqdm(*args, disable=None if self.is_main else True, **options)
 
     def note_signal(self, number, frame):
-        self.stop_wanted = True
+        self.stop_wanted = True  # acted on by `check_stop`
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
     def check_stop(self, *_):
@@ -85,9 +85,9 @@ class Processes:
     @contextlib.contextmanager
     def stoppable(self):
         """Work that a signal may drop: a signal to one process raises Stopped on all of them."""
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(Stopped):  # until all processes have agreed
             yield
-        if self.sum(self.stop_wanted):
+        if self.sum(self.stop_wanted):  # the others got here with their work done
             raise Stopped(143)
 
 
@@ -166,14 +166,14 @@ def gathered(model):
     """Within, every process holds all weights, and computes without waiting for others."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
-        module.unshard()
+        module.unshard()  # gathers its weights
         module.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
         for module in modules:
             module.set_reshard_after_forward(module is not model, recurse=False)
-            module.reshard()
+            module.reshard()  # frees those of others
 
 
 def clip_and_step(optimizer, max_norm, loss, procs):
@@ -184,5 +184,5 @@ def clip_and_step(optimizer, max_norm, loss, procs):
         losses = procs.gather([float(loss)])
         raise SystemExit(f"error: gradient norm {norm}, losses by rank {losses}: not updated")
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # sets them to None
     return norm.item()

@@ -41,7 +41,7 @@ def make_parser(argv, description, groups):
     parser.add_argument("--preset", choices=PRESETS, help="defaults of LLaDA-8B or of data/tiny")
     parser.add_argument("--task")  # for the glance; the script adds its own
     parser.add_argument("--gen_length", type=int)
-    glance, _ = parser.parse_known_args(argv)
+    glance, _ = parser.parse_known_args(argv)  # what the defaults hang on
     config = Path(glance.model, "config.json")
     is_tiny = config.is_file() and read_json(config) == read_json(TINY / "config.json")
     glance.preset = glance.preset or PRESETS[is_tiny or glance.model == "data/tiny"]
@@ -73,10 +73,10 @@ class Run:
         self.step, self.started = 0, time.monotonic()
         self.logs = {"metrics.jsonl": 0, "samples.jsonl": 0}  # their sizes after the last step
         fault = self.take_folder(MAY_CHANGE.union(may_change)) if procs.is_main else None
-        fault = procs.gather([fault])[0]
+        fault = procs.gather([fault])[0]  # the main process's, for all
         if fault:
             raise SystemExit(f"error: --out {self.out} {fault}" if procs.is_main else 1)
-        self.checkpoint = find_checkpoint(args.model)
+        self.checkpoint = find_checkpoint(args.model)  # the folder to begin from
         self.config = Config.from_folder(self.checkpoint)
         self.tokenizer = Tokenizer.from_folder(self.checkpoint, self.config)
 
@@ -95,7 +95,7 @@ class Run:
         if {file.name for file in self.out.iterdir()} - {".lock", path.name}:
             if not options.get("resume"):
                 return "holds a run: continue it with --resume, or name another folder"
-            before = read_json(path)["options"]
+            before = read_json(path)["options"]  # of the run's first life
             for name in sorted(before.keys() & options.keys() - may_change):
                 if before[name] != options[name]:
                     return f"was run with --{name} {before[name]}, --resume cannot change that"
@@ -109,7 +109,7 @@ class Run:
         """The model to train and its optimizer, as the newest checkpoint has them, if any."""
         args, procs = self.args, self.procs
         self.model = self.load_model()
-        weights = [p for p in self.model.parameters() if p.requires_grad]
+        weights = [p for p in self.model.parameters() if p.requires_grad]  # in float32
         decay = args.weight_decay
         self.optimizer = torch.optim.AdamW(weights, args.lr, betas, weight_decay=decay, fused=True)
         procs.print(f"{sum(p.numel() for p in weights):,} weights to train, preset {args.preset}, "
@@ -121,7 +121,7 @@ class Run:
     def load_model(self, is_trained=True):
         """The network, spread over the processes: what is trained in float32, or a frozen copy."""
         args, dtype = self.args, self.procs.dtype
-        has_adapters = is_trained and args.lora_r > 0
+        has_adapters = is_trained and args.lora_r > 0  # then its base is frozen
         with torch.device("meta"):
             model = LLaDA(self.config).requires_grad_(is_trained)
             model.to(torch.float32 if is_trained and not has_adapters else dtype)
@@ -129,8 +129,8 @@ class Run:
                 add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets.split())
         parallelise(model, args, self.procs)  # without weights: nobody ever holds all of them
         load_weights(model.to_empty(device=self.procs.device), self.checkpoint)
-        init_lora(model, generator(args.seed, "lora"))
-        return model.eval()
+        init_lora(model, generator(args.seed, "lora"))  # nothing without adapters
+        return model.eval()  # no dropout anywhere
 
     def __enter__(self):
         self.bar = self.procs.bar(total=self.args.steps, initial=self.step)
@@ -198,12 +198,12 @@ class Run:
             damaged = [folder.name for folder in folders if folder not in whole]
             self.procs.print(f"skipped {' '.join(damaged)}: files are missing or of another size")
         for folder in self.procs.gather(whole[-1:])[:1]:  # all processes take the same
-            load_trained(self.model, folder)
+            load_trained(self.model, folder)  # weights or adapters
             state = optimizer_state(self.model, self.optimizer)
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(f"{folder}/optimizer"))
             record = read_json(folder / "files.json")
             self.step, self.logs = record["step"], record["logs"]
-            self.started -= 60 * record["minutes"]
+            self.started -= 60 * record["minutes"]  # its earlier lives
             self.procs.print(f"resumed from {folder}")
         for name in self.logs if self.procs.is_main else ():
             with open(self.out / name, "ab") as log:
@@ -216,7 +216,7 @@ class Run:
             return
         unfinished = folder.with_suffix(".tmp")
         if self.procs.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a life that was cut short
             unfinished.mkdir()
         self.procs.gather([])  # wait: the others write into this folder
         save_trained(self.model, unfinished, self.args.model, self.procs.is_main)
@@ -270,6 +270,6 @@ def is_whole(folder):
 
 def sync(path):
     """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)  # works for folders too
     os.fsync(handle)
     os.close(handle)

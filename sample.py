@@ -56,11 +56,11 @@ def choose(logits, temperature, uniform, mask_id):
     argmax over Gumbel noise has the same distribution, for V random numbers a token.
     """
     logits = logits.clone()
-    logits[..., mask_id] = -torch.inf
+    logits[..., mask_id] = -torch.inf  # or a hole would stay
     if not temperature:
         return logits.argmax(-1)
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (..., V)
-    places = uniform[..., None] * cumulative[..., -1:]
+    places = uniform[..., None] * cumulative[..., -1:]  # (..., 1)
     tokens = torch.searchsorted(cumulative, places, right=True)[..., 0]
     return tokens.clamp(max=logits.shape[-1] - 1)  # should a place round up to the total
 
@@ -88,21 +88,21 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
             # only the masked positions go through the last layer and the head
             logits = at_least_float32(model(x[rows], attn_mask[rows], keep=masked))  # (R, M, V)
             uniform = noise[rows, step, :masked.shape[1]]     # (R, M)
-            tokens = choose(logits, temperature, uniform, mask_id)
+            tokens = choose(logits, temperature, uniform, mask_id)  # (R, M)
             confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (R, M)
-            order = confidence.argsort(dim=1, descending=True)
+            order = confidence.argsort(dim=1, descending=True)  # (R, M)
             best, others = order[:, :count], order[:, count:].sort(dim=1).values
             chosen = rows[:, None], masked.gather(1, best)
             x[chosen] = tokens.gather(1, best)
             committed_at[chosen] = step
-            masked = masked.gather(1, others)
+            masked = masked.gather(1, others)  # (R, M - count)
             step += 1
             if on_step:
                 on_step(x, committed_at)
         ended = (x[rows, start:end] == eos_id).any(dim=1)     # (R,)
         x[rows[ended], end:] = eos_id
         committed_at[rows[ended], end:] = step - 1
-        rows = rows[~ended]
+        rows = rows[~ended]  # (R,), fewer
         if not len(rows):
             break
     return x, committed_at
@@ -127,9 +127,9 @@ def draw_noise(keys, diffusion_steps, block_length):
 
 def pad_left(rows, pad_id, device):
     """Lists of ids -> (B, P) padded on the left, and (B, P) bool, False at padding."""
-    width = max(map(len, rows))
+    width = max(map(len, rows))  # P
     ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)  # (B,)
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
@@ -147,12 +147,12 @@ def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generat
     for start in range(0, len(prompts), rollout_batch):
         batch = slice(start, start + rollout_batch)
         noise = draw_noise(keys[batch], sampling["diffusion_steps"], sampling["block_length"])
-        prompt, attn_mask = pad_left(prompts[batch], tokenizer.eos_id, device)
+        prompt, attn_mask = pad_left(prompts[batch], tokenizer.eos_id, device)  # (B, P)
         canvas = generate(model, prompt, attn_mask, noise.to(device), mask_id=tokenizer.mask_id,
                           eos_id=tokenizer.eos_id, **sampling)
-        batches.append(torch.stack(canvas)[:, :, prompt.shape[1]:])
+        batches.append(torch.stack(canvas)[:, :, prompt.shape[1]:])  # (2, B, L)
     ids, committed_at = torch.cat(batches, dim=1)  # (R, L) both
-    counted = completion_mask(ids, tokenizer.eos_id)
+    counted = completion_mask(ids, tokenizer.eos_id)  # (R, L)
     ids = ids.masked_fill(~counted, tokenizer.eos_id)
     lengths = (ids != tokenizer.eos_id).sum(-1)  # (R,)
     texts = [tokenizer.decode(row) for row in ids.tolist()]
@@ -178,7 +178,7 @@ def evaluate(model, tokenizer, task, examples, procs, seed, *, rollout_batch, **
     """
     # the longest first: like lengths share a batch, and what exceeds the memory fails at once
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"]))
-    order = order[procs.rank::procs.world]
+    order = order[procs.rank::procs.world]  # our share
     rows = []
     with procs.stoppable():
         for start in procs.bar(range(0, len(order), rollout_batch), "evaluate", leave=False):
@@ -226,7 +226,7 @@ def show(tokenizer, prompt_length, rounds, x, committed_at):
     """Draw the canvas: masks as shades, EOS as dots, tokens in the colour of their round."""
     canvas, on_terminal = "", sys.stdout.isatty()
     symbols = {tokenizer.mask_id: "░", tokenizer.eos_id: "·"}
-    steps = committed_at[0, prompt_length:].tolist()
+    steps = committed_at[0, prompt_length:].tolist()  # L rounds, -1 while masked
     for token, step in zip(x[0, prompt_length:].tolist(), steps):
         text = symbols.get(token) or tokenizer.decode([token])
         if on_terminal and step >= 0:

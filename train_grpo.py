@@ -96,23 +96,23 @@ def roll_out(step, model, tokenizer, examples, args, procs, generate=generate):
     drawn = draw_indices(len(examples), step, args.prompts_per_step, args.seed)
     places = procs.share(args.prompts_per_step, "--prompts_per_step")  # our prompts of the step
     repeated = [examples[drawn[i]] for i in places for _ in range(G)]  # each prompt G times
-    keys = [(args.seed, "rollout", step, i, g) for i in places for g in range(G)]
+    keys = [(args.seed, "rollout", step, i, g) for i in places for g in range(G)]  # of their noise
     done = complete(model, tokenizer, [example["ids"] for example in repeated], keys,
                     generate=generate, on_step=procs.check_stop, **sampling_options(args))
     rows = [grade(TASKS[args.task], *each) for each in zip(done.texts, repeated, done.lengths)]
     rewards = torch.tensor([row["reward"] for row in rows], device=procs.device).view(-1, G)
 
-    prompts = [example["ids"] for example in repeated[::G]]
+    prompts = [example["ids"] for example in repeated[::G]]  # N lists
     prompt, attn_mask = pad_left(prompts, tokenizer.eos_id, procs.device)  # (N, P)
     ids = done.ids.view(*rewards.shape, -1)  # (N, G, L)
-    mask = completion_mask(ids, tokenizer.eos_id)
+    mask = completion_mask(ids, tokenizer.eos_id)  # (N, G, L)
     return Rollout(prompt, attn_mask, ids, done.committed_at.view_as(ids), mask,
                    group_advantages(rewards), token_count=procs.sum(mask.sum())), rows
 
 
 def grade(task, text, example, length):
     """What is logged of a completion: its reward, the parts of the reward, the task's scores."""
-    parts = task.reward(text, example)
+    parts = task.reward(text, example)  # such as {"exact": 1.0, "closed": 0.0}
     row = {"reward": float(sum(parts.values())), **task.score(text, example),
            **{f"reward_{name}": value for name, value in parts.items()},
            "completion_length": int(length), "prompt": example["prompt"], "completion": text}
@@ -127,9 +127,9 @@ def draw_prompt_masks(rollout, step, args, procs):
     masks = torch.zeros_like(rollout.attn_mask).repeat(mu, 1, 1)  # (mu, N, P)
     places = procs.share(args.prompts_per_step, "--prompts_per_step")
     for i, mask, is_real in zip(places, masks.unbind(1), rollout.attn_mask):  # (mu, P) and (P,)
-        random = generator(args.seed, "prompt mask", step, i)
+        random = generator(args.seed, "prompt mask", step, i)  # the prompt's own, on any rank
         draws = torch.rand(mu, int(is_real.sum()), generator=random).to(procs.device)
-        mask[:, is_real] = draws < args.p_mask_prompt
+        mask[:, is_real] = draws < args.p_mask_prompt  # (mu, P), a view into masks
     return masks
 
 
@@ -168,10 +168,10 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
 
     # 3. mu updates on the same completions, each under its own prompt masks
     stats, grad_norm = [], 0.0
-    scored = zip(old_logps, ref_logps)
+    scored = zip(old_logps, ref_logps)  # in the order of the updates
     for update in range(mu):
         for part in parts:
-            batch, masked = rollout[part], masks[update, part]
+            batch, masked = rollout[part], masks[update, part]  # n prompts
             logps = log_probs(model, batch, masked, mask_id)  # (n, G, L)
             loss, shares = objective(logps, *next(scored), batch, masked, args)
             (loss * procs.world).backward()  # FSDP averages over the processes, we want the sum

@@ -53,7 +53,7 @@ def encode_rows(examples, tokenizer, max_length, args, procs):
     """(ids, prompt length) of each row. Empty rows and too long rows are skipped and counted."""
     rows, too_long = [], 0
     for example in examples:
-        prompt = tokenizer.encode_prompt(example["prompt"])
+        prompt = tokenizer.encode_prompt(example["prompt"])  # chat format, up to the answer
         ids = prompt + tokenizer.encode_completion(example["completion"])
         too_long += len(ids) > max_length
         if args.truncate:
@@ -72,7 +72,7 @@ def encode_rows(examples, tokenizer, max_length, args, procs):
 
 def collate(rows, eos_id):
     """Rows padded with EOS, which counts as answer. Returns ids (B, T) and answer (B, T) bool."""
-    length = max(len(ids) for ids, _ in rows)
+    length = max(len(ids) for ids, _ in rows)  # T
     ids = torch.tensor([ids + [eos_id] * (length - len(ids)) for ids, _ in rows])
     prompt_lengths = torch.tensor([prompt_length for _, prompt_length in rows])
     return ids, torch.arange(length) >= prompt_lengths[:, None]
@@ -85,7 +85,7 @@ def draw_noise(ids, answer, keys, mask_id, u=None):
     """
     noised, masked, t = torch.empty_like(ids), torch.empty_like(answer), torch.empty(len(ids))
     for i, key in enumerate(keys):
-        row = slice(i, i + 1)
+        row = slice(i, i + 1)  # keeps the batch dimension
         random = generator(*key)
         draw = torch.rand(1, generator=random)
         t[row] = (1 - MIN_T) * (draw if u is None else u[row]) + MIN_T
@@ -96,17 +96,17 @@ def draw_noise(ids, answer, keys, mask_id, u=None):
 def rows_loss(model, rows, *batch):
     """The share of a slice of rows in the loss of a batch (ids, noised, masked, weights)."""
     device = next(model.parameters()).device
-    ids, noised, masked, weights = (tensor[rows].to(device) for tensor in batch)
+    ids, noised, masked, weights = (tensor[rows].to(device) for tensor in batch)  # (b, T)
     logps = model(noised, keep=masked, targets=ids[masked])  # (M,), of the masked positions only
     return sft_loss(logps, masked, weights)
 
 
 def train_step(step, model, optimizer, rows, tokenizer, args, procs, weigh=sft_weights):
     """One update. Every process draws the whole batch, and trains on its own rows of it."""
-    drawn = draw_indices(len(rows), step, args.batch_size, args.seed)
+    drawn = draw_indices(len(rows), step, args.batch_size, args.seed)  # B row numbers
     ids, answer = collate([rows[i] for i in drawn], tokenizer.eos_id)  # (B, T)
-    keys = [(args.seed, step, i) for i in range(args.batch_size)]
-    noised, masked, t = draw_noise(ids, answer, keys, tokenizer.mask_id)
+    keys = [(args.seed, step, i) for i in range(args.batch_size)]  # a generator for each row
+    noised, masked, t = draw_noise(ids, answer, keys, tokenizer.mask_id)  # (B, T), (B, T), (B,)
     weights = weigh(t, answer)  # (B, T)
     loss, share = 0.0, procs.share(args.batch_size, "--batch_size")
     for start in share[::args.microbatch]:
@@ -115,7 +115,7 @@ def train_step(step, model, optimizer, rows, tokenizer, args, procs, weigh=sft_w
         (part_loss * procs.world).backward()  # FSDP averages over the processes, we want the sum
         loss += part_loss.item()
     warmed_up = min(1.0, (step + 1) / max(1, args.warmup))
-    lr = args.lr * warmed_up * (1 - step / args.steps)
+    lr = args.lr * warmed_up * (1 - step / args.steps)  # linear up, linear down to 0
     optimizer.param_groups[0]["lr"] = lr
     grad_norm = clip_and_step(optimizer, args.grad_clip, loss, procs)
     return {"loss": procs.sum(loss), "lr": lr, "grad_norm": grad_norm}
@@ -126,7 +126,7 @@ def held_out_loss(model, rows, tokenizer, args, procs, weigh=sft_weights, draws=
     """The loss on held-out rows under fixed masks; t is stratified, `draws` values a row."""
     ids, answer = collate(rows * draws, tokenizer.eos_id)  # (draws * R, T)
     u = (torch.arange(len(ids)) + 0.5) / len(ids)  # (draws * R,)
-    keys = [("held out", i) for i in range(len(ids))]
+    keys = [("held out", i) for i in range(len(ids))]  # the same at every evaluation
     noised, masked, t = draw_noise(ids, answer, keys, tokenizer.mask_id, u)
     weights, total = weigh(t, answer), 0.0
     with gathered(model), procs.stoppable():
@@ -140,7 +140,7 @@ def held_out_loss(model, rows, tokenizer, args, procs, weigh=sft_weights, draws=
 def init_weights(model, generator):
     """Random weights: normal(0, init_std), smaller by sqrt(2 layers) into the residual stream."""
     for name, parameter in model.named_parameters():
-        weights = torch.ones(parameter.shape)
+        weights = torch.ones(parameter.shape)  # of a norm
         if parameter.dim() > 1:
             into_residual = ".blocks." in name and ("attn_out" in name or "ff_out" in name)
             divisor = (2 * model.config.n_layers) ** 0.5 if into_residual else 1.0
