@@ -28,8 +28,8 @@ RUN_OPTIONS = {
     "resume": (False, False, "go on from the newest checkpoint in --out"),
     "save_every": (50, 0, "steps between checkpoints, 0: only the last"),
 }
-MAY_CHANGE = {  # what may change when a run is resumed: it does not decide what is learnt
-    "out", "resume", "save_every", "eval_every", "microbatch", "rollout_batch", *PARALLEL_OPTIONS}
+MAY_CHANGE = {*RUN_OPTIONS, *PARALLEL_OPTIONS, "eval_every", "microbatch", "rollout_batch"}
+MAY_CHANGE -= {"seed", "dtype"}  # a resumed run keeps what decides what is learnt
 
 
 def make_parser(argv, description, groups):
