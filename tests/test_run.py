@@ -255,7 +255,8 @@ def test_where_the_disk_has_no_locks_a_note_is_printed(crash, monkeypatch, capsy
     assert_same_run(expected, out)
 
 
-@pytest.mark.parametrize("option", ["--lr 0.5", "--seed 6", "--dtype bfloat16", "--batch_size 4", "--lora_r 3", "--task sudoku"])
+@pytest.mark.parametrize("option", ["--lr 0.5", "--seed 6", "--dtype bfloat16", "--batch_size 4", "--lora_r 3",
+                                    "--task sudoku"])
 def test_a_resumed_run_cannot_change_what_is_learnt(crash, option):
     out, resume, _ = crash
     before = (out / "metrics.jsonl").read_bytes()
