@@ -60,9 +60,9 @@ def choose(logits, temperature, uniform, mask_id):
     if not temperature:
         return logits.argmax(-1)
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (..., V)
-    places = uniform[..., None] * cumulative[..., -1:]  # (..., 1)
-    tokens = torch.searchsorted(cumulative, places, right=True)[..., 0]
-    return tokens.clamp(max=logits.shape[-1] - 1)  # should a place round up to the total
+    heights = uniform[..., None] * cumulative[..., -1:]  # (..., 1)
+    tokens = torch.searchsorted(cumulative, heights, right=True)[..., 0]
+    return tokens.clamp(max=logits.shape[-1] - 1)  # should a height round up to the total
 
 
 @torch.no_grad()

@@ -158,13 +158,13 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
     parts = [slice(i, i + args.microbatch) for i in range(0, len(rollout.prompt), args.microbatch)]
 
     # 2. log-probabilities before the updates, of policy and reference, under every update's masks
-    places = [(update, part) for update in range(mu) for part in parts]
+    passes = [(update, part) for update in range(mu) for part in parts]
     with torch.no_grad(), gathered(model):
-        old_logps = [log_probs(model, rollout[p], masks[u, p], mask_id) for u, p in places]
+        old_logps = [log_probs(model, rollout[p], masks[u, p], mask_id) for u, p in passes]
         ref_logps = old_logps  # not looked at where beta is 0
         if args.beta:
             with reference() as base:
-                ref_logps = [log_probs(base, rollout[p], masks[u, p], mask_id) for u, p in places]
+                ref_logps = [log_probs(base, rollout[p], masks[u, p], mask_id) for u, p in passes]
 
     # 3. mu updates on the same completions, each under its own prompt masks
     stats, grad_norm = [], 0.0
