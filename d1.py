@@ -97,11 +97,11 @@ def diffu_grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta
     log_ratio = (logps - old_logps).masked_fill(~mask, 0)  # (N, G, L)
     ratio = log_ratio.clamp(max=80).exp()  # float32's exp overflows at 88
     gain = ratio * advantages[..., None]  # (N, G, L)
-    clipped_gain = ratio.clamp(1 - epsilon, 1 + epsilon) * advantages[..., None]
+    clipped_gain = ratio.clamp(1 - epsilon, 1 + epsilon) * advantages[..., None]  # (N, G, L)
     per_token = -torch.minimum(gain, clipped_gain)  # (N, G, L)
     stats = {"clip_fraction": mean((clipped_gain < gain).float())}  # tokens that lose the gradient
     if beta:
         kl = kl_k3(logps.masked_fill(~mask, 0), ref_logps.masked_fill(~mask, 0))  # (N, G, L)
-        per_token = per_token + beta * kl
+        per_token = per_token + beta * kl  # (N, G, L)
         stats["kl"] = mean(kl.detach())
     return mean(per_token), stats

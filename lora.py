@@ -56,7 +56,7 @@ def init_lora(model, generator):
     """Draw A as PEFT does, kaiming_uniform(a=sqrt(5)); B is 0, so the model equals its base."""
     for module in lora_modules(model).values():
         bound = module.in_features ** -0.5  # of the uniform distribution
-        draws = torch.rand(module.lora_A.shape, generator=generator)
+        draws = torch.rand(module.lora_A.shape, generator=generator)  # the same on all processes
         copy_into(module.lora_A, draws * 2 * bound - bound)
         copy_into(module.lora_B, torch.zeros(module.lora_B.shape))
     return model
@@ -92,7 +92,7 @@ def save_trained(model, folder, base, is_writer=True):
     pattern = rf".*\.blocks\.\d+\.({'|'.join(targets)})"
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": first.r, "bias": "none",
               "lora_alpha": first.alpha, "target_modules": pattern, "inference_mode": True}
-    tensors = gather_tensors(adapter_parameters(model), is_writer)
+    tensors = gather_tensors(adapter_parameters(model), is_writer)  # all take part
     if is_writer:
         write_json(Path(folder, "adapter_config.json"), config)
         save_file(tensors, Path(folder, ADAPTER), metadata={"format": "pt"})

@@ -40,7 +40,7 @@ class Config(SimpleNamespace):
     def from_folder(cls, folder):
         """Read config.json. Exits naming a field that is missing, malformed or not supported."""
         path = Path(folder, "config.json")
-        raw = read_json(path)
+        raw = read_json(path)  # as published, and as copied
         config = cls(**{"model_type": "", "init_std": 0.02, **raw, "raw": raw})
         for name, value in SUPPORTED.items():
             if (vars(config).get(name, value) or 0) != value:
@@ -55,7 +55,7 @@ class Config(SimpleNamespace):
                 raise SystemExit(f"error: {path}: {name} = {value!r} is not a positive number")
         if max(config.mask_token_id, config.eos_token_id) >= config.embedding_size:
             raise SystemExit(f"error: {path}: mask_token_id or eos_token_id has no embedding")
-        config.head_dim = config.d_model // config.n_heads
+        config.head_dim = config.d_model // config.n_heads  # D
         return config
 
 
@@ -134,7 +134,7 @@ class Block(nn.Module):
             index = keep[..., None].expand(-1, -1, x.shape[-1])  # (B, k, C)
             x, q_input = x.gather(1, index), h.gather(1, index)  # (B, k, C)
             q_cos, q_sin = cos[keep][:, None], sin[keep][:, None]  # (B, 1, k, D)
-        q, k, v = self.q_proj(q_input), self.k_proj(h), self.v_proj(h)
+        q, k, v = self.q_proj(q_input), self.k_proj(h), self.v_proj(h)  # (B, k, C), (B, T, KV * D)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         q, k = apply_rope(q, q_cos, q_sin), apply_rope(k, cos, sin)  # (B, H, k, D), (B, KV, T, D)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask, enable_gqa=self.grouped)  # (B, H, k, D)
@@ -150,7 +150,7 @@ class LLaDA(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict({
-            "wte": nn.Embedding(config.embedding_size, config.d_model),
+            "wte": nn.Embedding(config.embedding_size, config.d_model),  # the checkpoint's names
             "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
             "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
             "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=False)})})  # the head
@@ -179,7 +179,7 @@ class LLaDA(nn.Module):
         for block in first_blocks:
             x = block(x, cos, sin, attn_mask)  # (B, T, C)
         x = last_block(x, cos, sin, attn_mask, None if is_ragged else keep)  # (B, k, C)
-        x = net["ln_f"](x[keep] if is_ragged else x)
+        x = net["ln_f"](x[keep] if is_ragged else x)  # (B, k, C) or (M, C)
         head = net["ff_out"].weight  # (V, C)
         return F.linear(x, head) if targets is None else token_logps(x, head, targets)
 
@@ -200,7 +200,7 @@ def find_checkpoint(name):
         return folder
     from huggingface_hub import snapshot_download  # slow to import; comes with tokenizers
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt*"]))
     except (OSError, ValueError) as error:  # ValueError: not of the form of an id
         reason = str(error).splitlines()[0]
         raise SystemExit(f"error: --model {name}: no such folder or hub id: {reason}") from None
@@ -209,7 +209,7 @@ def find_checkpoint(name):
 def read_json(path):
     """The JSON object in a file."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text()))  # a list is no object
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SystemExit(f"error: {path}: expected a JSON object ({error})") from None
 
@@ -235,7 +235,7 @@ def load_tensors(parameters, folder, single="model.safetensors"):
         files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise SystemExit(f"error: {index}: weight_map must tell the file of each tensor")
-    stored = {}
+    stored = {}  # {name: the open file that holds it}
     for file in sorted(set(map(str, files.values()))):
         path = Path(folder, Path(file).name)  # never a file outside the folder
         try:
@@ -266,7 +266,7 @@ def gather_tensors(parameters, is_writer=True):
     for name, parameter in parameters.items():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if is_writer:
-            tensors[name] = full.detach().cpu()
+            tensors[name] = full.detach().cpu()  # one on the GPU at a time
     return tensors
 
 

@@ -71,7 +71,7 @@ class Processes:
 
     def bar(self, *args, **options):
         """A progress bar, on the main process, and there on a terminal alone."""
-        return tqdm(*args, disable=None if self.is_main else True, **options)
+        return tqdm(*args, disable=None if self.is_main else True, **options)  # None: unless piped
 
     def note_signal(self, number, frame):
         self.stop_wanted = True  # acted on by `check_stop`
@@ -106,7 +106,7 @@ def processes(args):
         dist.init_process_group(timeout=timedelta(seconds=args.timeout))  # gloo, on GPUs also NCCL
     procs = Processes(rank, world, device, getattr(torch, dtype))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, procs.note_signal)
+        signal.signal(number, procs.note_signal)  # torchrun passes them on
     try:
         yield procs
     except torch.OutOfMemoryError as error:
@@ -125,7 +125,7 @@ def pick_device(name):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"error: --device {name}: torch sees no GPU here, use --device cpu")
     if device.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))  # within this node
         torch.cuda.set_device(local_rank if device.index is None else device)
     return device
 
@@ -150,7 +150,7 @@ def parallelise(model, args, procs):
     if procs.world == 1 and not is_mixed:
         return
     if procs.world == 1:
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)  # a group of one
     shape, names = (args.replicas, procs.world // args.replicas), ("replicate", "shard")
     mesh = dist.device_mesh.init_device_mesh(procs.device.type, shape, mesh_dim_names=names)
     if args.replicas == 1:  # else HSDP: only gradients travel between the copies of the model
@@ -158,7 +158,7 @@ def parallelise(model, args, procs):
     # cos and sin of the rotary embedding are inputs of a block, and stay in float32
     policy = MixedPrecisionPolicy(procs.dtype, torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)  # blocks first, then the rest
 
 
 @contextlib.contextmanager
@@ -167,7 +167,7 @@ def gathered(model):
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.unshard()  # gathers its weights
-        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_forward(False, recurse=False)  # or the first pass frees them
     try:
         yield
     finally:

@@ -45,13 +45,13 @@ def make_parser(argv, description, groups):
     config = Path(glance.model, "config.json")
     is_tiny = config.is_file() and read_json(config) == read_json(TINY / "config.json")
     glance.preset = glance.preset or PRESETS[is_tiny or glance.model == "data/tiny"]
-    parser.set_defaults(preset=glance.preset)
+    parser.set_defaults(preset=glance.preset)  # shown by --help, kept in config.json
     parser.add_argument("--help", action="help", help="show this and exit")
     column = PRESETS.index(glance.preset)
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         for name, (*defaults, words) in options.items():
-            default = defaults[column]
+            default = defaults[column]  # also gives the option's type
             if name == "diffusion_steps" and glance.gen_length:  # their ratio stays
                 default = default * glance.gen_length // options["gen_length"][column]
             kind = {"type": type(default), "default": default}
@@ -99,7 +99,7 @@ class Run:
             for name in sorted(before.keys() & options.keys() - may_change):
                 if before[name] != options[name]:
                     return f"was run with --{name} {before[name]}, --resume cannot change that"
-        git = shlex.join(["git", "-C", str(TINY), "rev-parse", "HEAD"])
+        git = shlex.join(["git", "-C", str(TINY), "rev-parse", "HEAD"])  # of this code
         status, commit = subprocess.getstatusoutput(git)
         write_json(path, {
             "options": options, "command": shlex.join(sys.argv), "commit": commit * (status == 0),
@@ -115,7 +115,7 @@ class Run:
         procs.print(f"{sum(p.numel() for p in weights):,} weights to train, preset {args.preset}, "
                     f"{procs.world} x {procs.device}, {procs.dtype}")
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process
-        self.restore()
+        self.restore()  # weights, optimizer, step
         return self.model, self.optimizer
 
     def load_model(self, is_trained=True):
@@ -160,7 +160,7 @@ class Run:
             self.logs = {name: (self.out / name).stat().st_size for name in self.logs}
         values = [f"{name} {row[name]:.3f}" for name in shown if name in row]
         self.procs.print(f"step {self.step}/{self.args.steps}  {'  '.join(values)}")
-        self.bar.update()
+        self.bar.update()  # below the lines
         if self.is_due(self.args.save_every):
             self.save()
         with self.procs.stoppable():
@@ -199,7 +199,7 @@ class Run:
             self.procs.print(f"skipped {' '.join(damaged)}: files are missing or of another size")
         for folder in self.procs.gather(whole[-1:])[:1]:  # all processes take the same
             load_trained(self.model, folder)  # weights or adapters
-            state = optimizer_state(self.model, self.optimizer)
+            state = optimizer_state(self.model, self.optimizer)  # filled in place
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(f"{folder}/optimizer"))
             record = read_json(folder / "files.json")
             self.step, self.logs = record["step"], record["logs"]
@@ -226,11 +226,11 @@ class Run:
         if self.procs.is_main:
             self.tokenizer.save(unfinished)
             record = self.now | {"logs": self.logs, "files": file_sizes(unfinished)}
-            write_json(unfinished / "files.json", record)
+            write_json(unfinished / "files.json", record)  # last: it tells all others
             mode = (unfinished / "files.json").stat().st_mode  # the umask's; safetensors' is 0600
             for path in (*unfinished.rglob("*"), unfinished):
                 path.chmod(mode | path.stat().st_mode & 0o111)
-                sync(path)
+                sync(path)  # before the name says so
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             unfinished.rename(folder)  # so it is whole, or absent
             sync(self.out)

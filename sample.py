@@ -80,11 +80,11 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
     committed_at = torch.full_like(x, -1)                     # (B, T)
     schedule = num_transfer_tokens(block_length, diffusion_steps * block_length // gen_length)
     rows = torch.arange(B, device=x.device)                   # (R,), those that go on
-    step = 0
+    step = 0  # rounds so far, over all blocks
     for start in range(P, T, block_length):
         end = start + block_length
         masked = torch.arange(start, end, device=x.device).expand(len(rows), -1)  # (R, M) positions
-        for count in schedule:
+        for count in schedule:  # count: tokens that this round commits
             # only the masked positions go through the last layer and the head
             logits = at_least_float32(model(x[rows], attn_mask[rows], keep=masked))  # (R, M, V)
             uniform = noise[rows, step, :masked.shape[1]]     # (R, M)
@@ -93,14 +93,14 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
             order = confidence.argsort(dim=1, descending=True)  # (R, M)
             best, others = order[:, :count], order[:, count:].sort(dim=1).values
             chosen = rows[:, None], masked.gather(1, best)
-            x[chosen] = tokens.gather(1, best)
+            x[chosen] = tokens.gather(1, best)  # (R, count)
             committed_at[chosen] = step
             masked = masked.gather(1, others)  # (R, M - count)
             step += 1
             if on_step:
                 on_step(x, committed_at)
         ended = (x[rows, start:end] == eos_id).any(dim=1)     # (R,)
-        x[rows[ended], end:] = eos_id
+        x[rows[ended], end:] = eos_id  # never looked at, but whole
         committed_at[rows[ended], end:] = step - 1
         rows = rows[~ended]  # (R,), fewer
         if not len(rows):
@@ -145,7 +145,7 @@ def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generat
     device = next(model.parameters()).device
     batches = []
     for start in range(0, len(prompts), rollout_batch):
-        batch = slice(start, start + rollout_batch)
+        batch = slice(start, start + rollout_batch)  # rows of one length, padded
         noise = draw_noise(keys[batch], sampling["diffusion_steps"], sampling["block_length"])
         prompt, attn_mask = pad_left(prompts[batch], tokenizer.eos_id, device)  # (B, P)
         canvas = generate(model, prompt, attn_mask, noise.to(device), mask_id=tokenizer.mask_id,
@@ -155,7 +155,7 @@ def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generat
     counted = completion_mask(ids, tokenizer.eos_id)  # (R, L)
     ids = ids.masked_fill(~counted, tokenizer.eos_id)
     lengths = (ids != tokenizer.eos_id).sum(-1)  # (R,)
-    texts = [tokenizer.decode(row) for row in ids.tolist()]
+    texts = [tokenizer.decode(row) for row in ids.tolist()]  # up to EOS
     return Completions(ids, committed_at, lengths, texts)
 
 
@@ -248,7 +248,7 @@ def main(args, load=load_problems, generate=generate):
         tokenizer = Tokenizer.from_folder(checkpoint, model.config)
         if args.compile:
             compile_blocks(model)
-        room = model.config.max_sequence_length - args.gen_length
+        room = model.config.max_sequence_length - args.gen_length  # for a prompt
         examples = [{"prompt": args.prompt, "ids": tokenizer.encode_prompt(args.prompt)}]
         if not args.prompt:
             examples = load(args.task, args, tokenizer, room, procs)

@@ -100,7 +100,7 @@ def roll_out(step, model, tokenizer, examples, args, procs, generate=generate):
     done = complete(model, tokenizer, [example["ids"] for example in repeated], keys,
                     generate=generate, on_step=procs.check_stop, **sampling_options(args))
     rows = [grade(TASKS[args.task], *each) for each in zip(done.texts, repeated, done.lengths)]
-    rewards = torch.tensor([row["reward"] for row in rows], device=procs.device).view(-1, G)
+    rewards = torch.tensor([row["reward"] for row in rows], device=procs.device).view(-1, G)  # (N, G)
 
     prompts = [example["ids"] for example in repeated[::G]]  # N lists
     prompt, attn_mask = pad_left(prompts, tokenizer.eos_id, procs.device)  # (N, P)
@@ -167,7 +167,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
                 ref_logps = [log_probs(base, rollout[p], masks[u, p], mask_id) for u, p in passes]
 
     # 3. mu updates on the same completions, each under its own prompt masks
-    stats, grad_norm = [], 0.0
+    stats, grad_norm = [], 0.0  # of all updates
     scored = zip(old_logps, ref_logps)  # in the order of the updates
     for update in range(mu):
         for part in parts:
@@ -224,7 +224,7 @@ def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
         model, optimizer = run.load(betas=(0.9, 0.99))
         frozen = model  # below its adapters
         if args.beta and not args.lora_r:
-            frozen = run.load_model(is_trained=False)
+            frozen = run.load_model(is_trained=False)  # a copy as large as the model
         reference = functools.partial(adapters_off, frozen)
         procs.print(f"diffu-GRPO on {len(examples)} prompts of {args.task}")
         with run:

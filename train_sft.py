@@ -87,7 +87,7 @@ def draw_noise(ids, answer, keys, mask_id, u=None):
     for i, key in enumerate(keys):
         row = slice(i, i + 1)  # keeps the batch dimension
         random = generator(*key)
-        draw = torch.rand(1, generator=random)
+        draw = torch.rand(1, generator=random)  # first t, then the mask
         t[row] = (1 - MIN_T) * (draw if u is None else u[row]) + MIN_T
         noised[row], masked[row] = forward_process(ids[row], t[row], answer[row], mask_id, random)
     return noised, masked, t
@@ -134,7 +134,7 @@ def held_out_loss(model, rows, tokenizer, args, procs, weigh=sft_weights, draws=
             procs.check_stop()
             part = slice(start, start + args.microbatch)
             total += rows_loss(model, part, ids, noised, masked, weights).item()
-    return procs.sum(total)
+    return procs.sum(total)  # rows are dealt out to the processes
 
 
 def init_weights(model, generator):
@@ -155,7 +155,7 @@ def main(args, weigh=sft_weights):
         run = Run("train_sft", args, procs)
         max_length = min(args.max_length, run.config.max_sequence_length)
         examples = load_demonstrations(args.task, args.split, args.data, args.count, args.seed)
-        rows = encode_rows(examples, run.tokenizer, max_length, args, procs)
+        rows = encode_rows(examples, run.tokenizer, max_length, args, procs)  # alike on all
         order = torch.randperm(len(rows), generator=generator(args.seed, "held out")).tolist()
         count = min(256, max(1, len(rows) // 100))  # the authors hold out 1%, too
         held_out, rows = [rows[i] for i in order[:count]], [rows[i] for i in order[count:]]
