@@ -17,6 +17,7 @@ def test_the_8b_script_runs_in_small_and_agrees_with_the_plan():
         assert planned == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plot", "soak", "gpu_8b"])
 def test_a_tool_runs_by_itself_from_any_folder(name, tmp_path):
     command = [sys.executable, ROOT / "tools" / f"{name}.py", "--help"]
@@ -46,6 +47,7 @@ def test_the_soak_reads_where_a_life_began(tmp_path):
     assert soak.resumed_at(log) == 120
 
 
+@pytest.mark.slow
 def test_the_soak_kills_a_run_and_notices_a_run_that_ended_by_itself(tmp_path):
     sleeper = [sys.executable, "-c", "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"]
     assert soak.live(sleeper, tmp_path / "log", 1.0, "SIGKILL to all", rng=None) is False

@@ -305,6 +305,7 @@ def take_step(options, monkeypatch):
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     "--masks_per_prompt 2", "--estimator mask_per_completion --objective sequence_mean",
     "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1",
