@@ -182,7 +182,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
     log["zero_spread_fraction"] = no_spread / args.prompts_per_step
     for name, value in rows[0].items():
         if not isinstance(value, str):
-            log[name] = procs.sum(sum(row[name] for row in rows)) / procs.sum(len(rows))
+            log[name] = procs.sum(sum(row[name] for row in rows)) / (len(rows) * procs.world)
     return {**log, "grad_norm": grad_norm}, rows
 
 

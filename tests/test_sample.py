@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import sample
 from data import TASKS
 from parallel import Processes
-from sample import choose, complete, draw_noise, generate, num_transfer_tokens, pad_left
+from sample import choose, complete, draw_noise, generate, num_transfer_tokens
 from tools.transcription import gumbel_argmax
 
 OFFICIAL = tensors("sampler/sampler.safetensors")

@@ -13,7 +13,6 @@ They have the same expectation. Per way, estimated without bias from many draws 
 both as a ratio to one mask for every completion. Groups without spread count, with their gradient of zero.
 """
 import argparse
-import json
 import shlex
 import statistics
 import sys
