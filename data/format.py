@@ -16,14 +16,10 @@ def write_completion(reasoning, answer):
 def closed_answer(text):
     """The text inside the last closed <answer>...</answer>, stripped; None if none was closed.
 
-    Of nested answers the innermost counts. A tag without its partner is ignored.
+    As in the authors' rewards: an answer begins at the first tag behind the end of another.
     """
-    text = text[-MAX_TEXT:]
-    last_end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, last_end) if last_end >= 0 else -1
-    if start < 0:
-        return None
-    return text[start + len("<answer>"):text.find("</answer>", start)].strip()
+    closed = [part for part in text[-MAX_TEXT:].split("</answer>")[:-1] if "<answer>" in part]
+    return closed[-1].partition("<answer>")[2].strip() if closed else None
 
 
 def is_formatted(text):

@@ -8,7 +8,7 @@ import numpy
 
 from data.examples import draw_examples
 from data.files import find_file, read_rows
-from data.format import FORMAT, closed_answer, score_answer, unboxed, write_completion
+from data.format import FORMAT, closed_answer, score_answer, write_completion
 
 NAMES = {"train": ("4x4_sudoku_unique_puzzles.csv",),  # in dataset/ of the d1 authors' repository
          "test": ("4x4_test_sudoku.csv",)}
@@ -128,18 +128,21 @@ def is_right(answer, example):
 
 
 def cell_share(answer, example):
-    """Share of the empty cells that an answer, text or None, fills as the stored solution."""
-    cells = zip(example["puzzle"], example["solution"], read_grid(answer) or 16 * "0")
+    """Share of the empty cells that an answer, text or None, fills as the stored solution.
+
+    Only its digits count, padded with 0 or cut to 16: the rule of the authors' reward_func.py.
+    """
+    digits = "".join(filter(str.isdigit, answer or "")).ljust(16, "0")
+    cells = zip(example["puzzle"], example["solution"], digits)
     right = [digit == solution for clue, solution, digit in cells if clue == "0"]
     return sum(right) / max(len(right), 1)
 
 
 def reward(text, example):
-    """Share of the empty cells filled right; 0 without a closed answer of 16 digits."""
+    """Share of the empty cells that the closed answer fills right: the authors' reward."""
     return {"cells": cell_share(closed_answer(text), example)}
 
 
 def score(text, example):
-    """accuracy, closed, format: see `score_answer`. cells: the reward, also of a boxed answer."""
-    cells = cell_share(unboxed(closed_answer(text)), example)
-    return {**score_answer(text, example, is_right), "cells": cells}
+    """accuracy, closed, format: see `score_answer`. cells: the reward."""
+    return {**score_answer(text, example, is_right), "cells": reward(text, example)["cells"]}

@@ -30,7 +30,7 @@ def short(value):
 
 @pytest.mark.parametrize("text, found", [
     ("a <answer> \n1 + 2\n </answer> b", "1 + 2"), ("<answer></answer>", ""), ("<answer>1</answer> <answer>2", "1"),
-    ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>1 <answer>2</answer> 3</answer>", "2"),
+    ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>1 <answer>2</answer> 3</answer>", "1 <answer>2"),
     ("<answer>1</answer> so </answer> <answer>", "1"), ("</answer><answer>", None), ("<ANSWER>1</ANSWER>", None),
     ("x" * MAX_TEXT + "<answer>1</answer>", "1"), ("<answer>1</answer>" + "x" * MAX_TEXT, None)], ids=short)
 def test_the_last_closed_answer_counts(text, found):
@@ -89,11 +89,25 @@ def test_countdown_reward(text, total):
 @pytest.mark.parametrize("text, cells, accuracy", [
     ("3142\n2431\r\n4213\t\n1324", 1, 1), (" " * 300 + RIGHT["sudoku"], 1, 1), ("3122243142131324", 7 / 8, 0),
     ("1142243142131324", 1, 0),  # a clue changed: the metric looks at empty cells only
-    (RIGHT["sudoku"][:-1], 0, 0), (RIGHT["sudoku"] + "1", 0, 0), (SUDOKU["puzzle"], 0, 0),
-    ("３" + RIGHT["sudoku"][1:], 0, 0), ("|".join(RIGHT["sudoku"]), 0, 0)])
+    (RIGHT["sudoku"][:-1], 7 / 8, 0), (RIGHT["sudoku"] + "1", 1, 0), (SUDOKU["puzzle"], 0, 0), ("", 0, 0),
+    ("３" + RIGHT["sudoku"][1:], 1, 0), ("|".join(RIGHT["sudoku"]), 1, 0), ("1: " + RIGHT["sudoku"], 0, 0)])
 def test_sudoku_reward(text, cells, accuracy):
     assert sudoku.reward(answer(text), SUDOKU) == {"cells": cells}
     assert sudoku.score(answer(text), SUDOKU) == {"accuracy": accuracy, "cells": cells, "closed": 1, "format": 1}
+
+
+def test_the_sudoku_reward_is_the_authors():
+    """Their rule, by a regular expression: the digits of the last answer, padded or cut, the share of empty cells."""
+    rng, puzzle, solution = random.Random(0), SUDOKU["puzzle"], SUDOKU["solution"]
+    pieces = ["<answer>", "</answer>", *"0123", "1432", "4213", "\n", " x ", "３", "²", solution, solution[:9]]
+    for _ in range(5000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 20)))
+        answers = re.findall("<answer>(.*?)</answer>", text, re.DOTALL)
+        digits = "".join(character for character in (answers or [""])[-1] if character.isdigit())
+        digits = (digits + 16 * "0")[:16]
+        empty = [i for i in range(16) if puzzle[i] == "0"]
+        share = sum(digits[i] == solution[i] for i in empty) / len(empty)
+        assert sudoku.reward(text, SUDOKU) == {"cells": share}, text
 
 
 def test_another_solution_of_a_sudoku_is_accurate():
