@@ -133,7 +133,7 @@ def pad_left(rows, pad_id, device):
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
-# R completions: ids and committed_at (R, L), tokens before EOS (R,), R texts up to EOS
+# R completions: ids and committed_at (R, L) as sampled, tokens before EOS (R,), texts up to EOS
 Completions = namedtuple("Completions", "ids committed_at lengths texts")
 
 
@@ -153,8 +153,7 @@ def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generat
         batches.append(torch.stack(canvas)[:, :, prompt.shape[1]:])  # (2, B, L)
     ids, committed_at = torch.cat(batches, dim=1)  # (R, L) both
     counted = completion_mask(ids, tokenizer.eos_id)  # (R, L)
-    ids = ids.masked_fill(~counted, tokenizer.eos_id)
-    lengths = (ids != tokenizer.eos_id).sum(-1)  # (R,)
+    lengths = (counted & (ids != tokenizer.eos_id)).sum(-1)  # (R,)
     texts = [tokenizer.decode(row) for row in ids.tolist()]  # up to EOS
     return Completions(ids, committed_at, lengths, texts)
 

@@ -78,7 +78,7 @@ class Rollout:
     """This process's N prompts, with G completions each."""
     prompt: torch.Tensor        # (N, P) token ids, padded on the left
     attn_mask: torch.Tensor     # (N, P) bool, False at padding
-    completions: torch.Tensor   # (N, G, L) token ids, all EOS behind the first EOS
+    completions: torch.Tensor   # (N, G, L) token ids as sampled, behind the first EOS too
     committed_at: torch.Tensor  # (N, G, L) the denoising round that fixed each token
     mask: torch.Tensor          # (N, G, L) bool, True up to and including the first EOS
     advantages: torch.Tensor    # (N, G)

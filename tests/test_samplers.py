@@ -121,7 +121,8 @@ def fill_by_hand(model, x, attn_mask, noise, *, mask_id, eos_id, gen_length, dif
     x (P,), attn_mask (P,), noise (steps, block_length). Returns ids and committed_at, lists of T numbers.
     """
     P, T = len(x), len(x) + gen_length
-    x, committed_at, step = x.tolist() + [mask_id] * gen_length, [-1] * T, 0
+    x, committed_at = x.tolist() + [mask_id] * gen_length, [-1] * T
+    step = taken = 0  # rounds of the schedule, and those in which this row had a mask
     attn_mask = F.pad(attn_mask, (0, gen_length), value=True)[None]
     for begin in range(P, T, block_length):
         end = begin + block_length
@@ -143,8 +144,8 @@ def fill_by_hand(model, x, attn_mask, noise, *, mask_id, eos_id, gen_length, dif
             if threshold:
                 count = max(1, sum(float(logits[i].softmax(-1)[tokens[i]]) > threshold for i in masked))
             for i in ranked[:count]:
-                x[i], committed_at[i] = tokens[i], step
-            step += 1
+                x[i], committed_at[i] = tokens[i], taken
+            step, taken = step + 1, taken + bool(masked)
         for hook in hooks:
             hook.remove()
         if eos_id in x[begin:end]:
@@ -176,6 +177,7 @@ def test_every_row_of_a_batch_equals_the_row_by_hand(name, temperature, threshol
         expected = fill_by_hand(model, prompt[row], attn_mask[row], noise[row], **options)
         assert (ids[row].tolist(), committed_at[row].tolist()) == expected
         rounds.append(len(set(expected[1])))
+        assert set(expected[1][len(prompt[0]):]) == set(range(rounds[-1] - 1))  # numbered without gaps, and -1
     assert not threshold or max(rounds) < 16  # several tokens in a round
 
 

@@ -226,10 +226,11 @@ def gain_by_hand(name, n, i, counted, logps, old, advantages):
     if name == "sequence_mean":
         return sum(clip_by_hand(ratio.exp(), advantages[n, i]) for ratio in ratios) / length
     likes, dislikes = advantages[n].exp(), (-advantages[n]).exp()
-    return G * (likes[i] / likes.sum() - dislikes[i] / dislikes.sum()) * sum(logps[n, i, j] for j in counted) / length
+    weight = G * (likes[i] / likes.sum() - dislikes[i] / dislikes.sum())
+    return weight * sum(logps[n, i, j] for j in counted) / (length if name == "wd1_mean" else 1)
 
 
-@pytest.mark.parametrize("name", ["sequence", "sequence_mean", "wd1"])
+@pytest.mark.parametrize("name", ["sequence", "sequence_mean", "wd1", "wd1_mean"])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_objectives_and_their_gradients_are_those_of_loops(name, beta):
     for seed in range(3):
@@ -246,10 +247,10 @@ def test_objectives_and_their_gradients_are_those_of_loops(name, beta):
         torch.testing.assert_close(*gradients)
         if beta:
             torch.testing.assert_close(stats["kl"], kl.detach())
-        assert ("kl" in stats) == bool(beta) and ("clip_fraction" in stats) == (name != "wd1")
+        assert ("kl" in stats) == bool(beta) and ("clip_fraction" in stats) == ("wd1" not in name)
 
 
-@pytest.mark.parametrize("name", ["sequence", "sequence_mean", "wd1"])
+@pytest.mark.parametrize("name", ["sequence", "sequence_mean", "wd1", "wd1_mean"])
 def test_a_token_that_does_not_count_cannot_overflow_and_equal_rewards_teach_nothing(name):
     ARGS.beta = 0.04
     logps, old, ref, rollout = draw_numbers(0)
@@ -308,8 +309,8 @@ def take_step(options, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
     "--masks_per_prompt 2", "--estimator mask_per_completion --objective sequence_mean",
-    "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1",
-    "--estimator coupled --objective sequence --cfg_scale 0.2", "--estimator trajectory --threshold 0.9 --cache dual"])
+    "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1_mean",
+    "--estimator coupled --objective sequence --beta 0.04 --epsilon 0.5 --cfg_scale 0.2", "--estimator trajectory --threshold 0.9 --cache dual"])
 def test_a_step_starts_at_the_reference_and_does_not_depend_on_its_parts(monkeypatch, options):
     monkeypatch.setattr(countdown, "reward", lambda text, example: {"any": len(text) % 7})
     first = take_step(f"{options} --num_iterations 1", monkeypatch)
@@ -341,6 +342,8 @@ def test_options_that_would_be_ignored_are_refused(options, message):
 
 def test_a_run_records_the_options_that_it_reads_and_has_a_folder_of_its_own():
     args = parse("--estimator trajectory --objective wd1 --threshold 0.9 --gen_length 24")
+    assert args.beta == 0 and parse("--objective wd1 --beta 0.04").beta == 0.04 == parse("--objective wd1_mean").beta
+    assert (parse("--objective sequence").epsilon, parse("--objective sequence_mean").epsilon) == (3e-4, 0.5)
     assert args.out == "runs/grpo-countdown-trajectory-wd1" and args.diffusion_steps == 24 and args.snapshots == 4
     assert not {"p_mask_prompt", "masks_per_prompt", "epsilon"} & vars(args).keys()
     for options in ("--gumbel_bfloat16", "--gumbel_bfloat16 --threshold 0.9"):

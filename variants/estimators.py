@@ -159,7 +159,8 @@ def draw_snapshots(rollout, step, args, procs):
 def trajectory(policy, rollout, snapshot, mask_id):
     """d2's StepMerge (arXiv:2509.21474): each token is scored in the snapshot (n, G, L) after which it was committed.
 
-    One snapshot is d1's estimate without prompt masks; as many as rounds give what the sampler drew from.
+    One snapshot is d1's estimate without prompt masks. With as many as rounds each token is scored on the very canvas
+    that the sampler saw when it drew the token: at temperature 1, as in d1, whatever temperature it drew at.
     """
     numbers = torch.arange(int(snapshot.max()) + 1, device=snapshot.device)  # (S,)
     masked = snapshot[:, None] >= numbers[:, None, None]  # (n, S, G, L): not yet committed

@@ -28,6 +28,7 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
     committed_at = torch.full_like(x, -1)  # (B, T)
     schedule = num_transfer_tokens(block_length, diffusion_steps * block_length // gen_length)
     rows = torch.arange(B, device=x.device)  # (R,), those that go on
+    rounds = torch.zeros_like(rows)  # (B,), that a row has taken: its own number of a round, without gaps
     for block, start in enumerate(range(P, T, block_length)):
         end, going = start + block_length, rows  # going (U,): rows that have masks in this block
         computed = slice(0, T)  # the part of the canvas that a round computes
@@ -40,7 +41,8 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
             is_chosen = pick(confidence.masked_fill(~is_masked, -torch.inf), count, threshold)  # (U, M)
             places = going[:, None], masked
             x[places] = torch.where(is_chosen, tokens, x[places])
-            committed_at[places] = torch.where(is_chosen, step, committed_at[places])
+            committed_at[places] = torch.where(is_chosen, rounds[going, None], committed_at[places])
+            rounds[going] += 1
             if on_step:
                 on_step(x, committed_at)
             has_masks = (x[going, start:end] == mask_id).any(dim=1)  # (U,)
@@ -51,7 +53,7 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
             caches = [(keys[has_masks], values[has_masks]) for keys, values in caches]
         ended = (x[rows, start:end] == eos_id).any(dim=1)  # (R,)
         x[rows[ended], end:] = eos_id
-        committed_at[rows[ended], end:] = committed_at[rows[ended]].amax(dim=1, keepdim=True)
+        committed_at[rows[ended], end:] = rounds[rows[ended], None] - 1
         rows = rows[~ended]
         if not len(rows):
             break

@@ -6,6 +6,7 @@
 
 A method of your own is a program such as this one: its functions, its options, one call of train_grpo.main.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_grpo  # noqa: E402
 from variants.estimators import ESTIMATORS  # noqa: E402
 from variants.evaluate import add_sampler_options, check_threshold, drop_unread, pick_generate  # noqa: E402
-from variants.objectives import OBJECTIVES  # noqa: E402
+from variants.objectives import OBJECTIVES, PUBLISHED  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -24,15 +25,19 @@ def parse_args(argv=None):
     group.add_argument("--estimator", choices=ESTIMATORS, default="one_step", help="see variants/estimators.py")
     group.add_argument("--masks_per_prompt", type=int, default=1, help="K, masks of a prompt in an update")
     group.add_argument("--snapshots", type=int, default=4, help="of a rollout, for --estimator trajectory")
-    group.add_argument("--objective", choices=OBJECTIVES, default="grpo", help="see variants/objectives.py")
+    group.add_argument("--objective", choices=OBJECTIVES, default="grpo",
+                       help="see variants/objectives.py; epsilon and beta are by default those of its paper")
+    glance = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    glance.add_argument("--objective")
+    parser.set_defaults(**PUBLISHED.get(glance.parse_known_args(argv)[0].objective, {}))
     add_sampler_options(parser)
     args = parser.parse_args(argv)
     if min(args.masks_per_prompt, args.snapshots) < 1:
         raise SystemExit("error: --masks_per_prompt and --snapshots must be at least 1")
     unread = {"p_mask_prompt", "masks_per_prompt", "snapshots"} - set(ESTIMATORS[args.estimator].options)
     drop_unread(args, argv, unread, f"by --estimator {args.estimator}")
-    if args.objective == "wd1":
-        drop_unread(args, argv, ["epsilon"], "by --objective wd1")
+    if args.objective.startswith("wd1"):
+        drop_unread(args, argv, ["epsilon"], f"by --objective {args.objective}")
     check_threshold(args, argv)
     args.out = args.out or f"runs/grpo-{args.task}-{args.estimator}-{args.objective}"
     return args

@@ -43,7 +43,7 @@ def sequence(logps, old_logps, ref_logps, rollout, masked, args):
         - 1 / completions * sum_i [ min(s_i A_i, clip(s_i, 1 - eps, 1 + eps) A_i) - beta mean_l KL ],
         s_i = exp(mean_l (logps - old_logps))
 
-    GSPO has no KL term and an epsilon of 3e-4: the mean over tokens moves less than a token.
+    GSPO has no KL term and an epsilon of 3e-4 (4e-4 above): the mean over tokens moves less than a token.
     """
     log_ratio = token_mean(logps - old_logps, rollout.mask)  # (n, G)
     losses, is_cut = clipped_loss(log_ratio, rollout.advantages, args.epsilon)
@@ -61,13 +61,22 @@ def sequence_mean(logps, old_logps, ref_logps, rollout, masked, args):
 def wd1(logps, old_logps, ref_logps, rollout, masked, args):
     """wd1 (arXiv:2507.08838): the log-likelihood under weights of both signs, without ratio and clip.
 
-        - 1 / groups * sum_i [ softmax(A)_i - softmax(-A)_i ] mean_l logps,  softmax over the group
+        - 1 / groups * sum_i [ softmax(A)_i - softmax(-A)_i ] sum_l logps,  softmax over the group
 
-    wd1 has no KL term: --beta 0.
+    As in its code (compute_loss of rev_grpo_trainer.py), which has no KL term.
     """
     weights = rollout.advantages.softmax(-1) - (-rollout.advantages).softmax(-1)  # (n, G), 0 in the sum of a group
+    losses = -weights * args.group_size * logps.masked_fill(~rollout.mask, 0).sum(-1)
+    return batch_mean(losses, {}, logps, ref_logps, rollout, args)
+
+
+def wd1_mean(logps, old_logps, ref_logps, rollout, masked, args):
+    """wd1 with the mean over the tokens of a completion in the place of its sum."""
+    weights = rollout.advantages.softmax(-1) - (-rollout.advantages).softmax(-1)
     losses = -weights * args.group_size * token_mean(logps, rollout.mask)
     return batch_mean(losses, {}, logps, ref_logps, rollout, args)
 
 
-OBJECTIVES = {"grpo": diffu_grpo, "sequence": sequence, "sequence_mean": sequence_mean, "wd1": wd1}
+OBJECTIVES = {"grpo": diffu_grpo, "sequence": sequence, "sequence_mean": sequence_mean, "wd1": wd1,
+              "wd1_mean": wd1_mean}
+PUBLISHED = {"sequence": {"epsilon": 3e-4, "beta": 0.0}, "wd1": {"beta": 0.0}}  # where a paper differs from d1
