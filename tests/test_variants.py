@@ -291,12 +291,17 @@ def test_random_masks_count_hidden_tokens_alone():
 SMALL = "--group_size 3 --num_iterations 2 --gen_length 16 --device cpu"
 
 
-def take_step(options, monkeypatch):
-    """The log's row of one step of variants/grpo.py, which trains a copy of the embedded model."""
-    args, tokenizer = parse(f"{SMALL} {options}"), embedded()[1]
+def methods_of(args, monkeypatch):
+    """What variants/grpo.py hands to train_grpo.main."""
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo, "main", lambda args, **methods: methods)
-        methods = grpo.main(args)
+        return grpo.main(args)
+
+
+def take_step(options, monkeypatch, **replaced):
+    """The log's row of one step of variants/grpo.py, which trains a copy of the embedded model."""
+    args, tokenizer = parse(f"{SMALL} {options}"), embedded()[1]
+    methods = methods_of(args, monkeypatch) | replaced
     examples, model = countdown.load("train", count=2), copy.deepcopy(embedded()[0])
     for example in examples:
         example["ids"] = tokenizer.encode_prompt(example["prompt"])
@@ -310,7 +315,8 @@ def take_step(options, monkeypatch):
 @pytest.mark.parametrize("options", [
     "--masks_per_prompt 2", "--estimator mask_per_completion --objective sequence_mean",
     "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1_mean",
-    "--estimator coupled --objective sequence --beta 0.04 --epsilon 0.5 --cfg_scale 0.2", "--estimator trajectory --threshold 0.9 --cache dual"])
+    "--estimator coupled --objective sequence --beta 0.04 --epsilon 0.5 --cfg_scale 0.2",
+    "--estimator trajectory --threshold 0.9 --cache dual"])
 def test_a_step_starts_at_the_reference_and_does_not_depend_on_its_parts(monkeypatch, options):
     monkeypatch.setattr(countdown, "reward", lambda text, example: {"any": len(text) % 7})
     first = take_step(f"{options} --num_iterations 1", monkeypatch)
@@ -319,6 +325,37 @@ def test_a_step_starts_at_the_reference_and_does_not_depend_on_its_parts(monkeyp
     assert whole["kl"] > 0
     for name in ("loss", "kl", "grad_norm"):
         assert whole[name] == pytest.approx(parts[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "--threshold 0.9"])
+def test_all_snapshots_give_what_the_network_said_when_the_sampler_drew(monkeypatch, options):
+    """In a step as it is trained, with text behind an EOS inside its block, with rows that leave early."""
+    options += " --estimator trajectory --snapshots 99 --gen_length 32 --rollout_batch 1 --group_size 8"
+    methods = methods_of(parse(options), monkeypatch)
+    seen, scored = [], []
+
+    def generate(model, *args, **sampling):
+        rounds = []  # log-probabilities (T, V) of the canvas before each round of a single row
+
+        def look(ids, attn_mask, keep):
+            logits = model(ids, attn_mask)  # (1, T, V)
+            rounds.append(logits.log_softmax(-1)[0])
+            return logits.gather(1, keep[..., None].expand(-1, -1, logits.shape[-1]))
+
+        (ids,), (when,) = canvas = methods["generate"](look, *args, **sampling)
+        seen.append([float(rounds[when[i]][i, ids[i]]) for i in range(len(ids) - 32, len(ids))])
+        return canvas
+
+    def log_probs(policy, rollout, *args):
+        scored.append((rollout, methods["log_probs"](policy, rollout, *args)))
+        return scored[-1][1]
+
+    take_step(f"{SMALL} {options}", monkeypatch, generate=generate, log_probs=log_probs)
+    rollout, logps = scored[0]  # before the updates
+    assert worst(logps[rollout.mask], torch.tensor(seen).view_as(logps)[rollout.mask]) < 1e-5
+    behind = (rollout.completions != embedded()[1].eos_id) & ~rollout.mask
+    assert behind.any() and not rollout.mask.all(-1).any(dim=1).all()
 
 
 def test_the_training_program_runs_with_a_cache_on_a_model_that_fsdp_holds(tmp_path):
