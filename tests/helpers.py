@@ -65,6 +65,8 @@ SMALL = {  # the options of a run of seconds; what a test adds wins
     "train_grpo": "--task countdown --prompts_per_step 4 --group_size 4 --num_iterations 2 --gen_length 32 "
                   "--diffusion_steps 8 --eval_count 0",
     "train_sft": "--batch_size 8 --count 200 --warmup 0",
+    "variants.grpo": "--task countdown --prompts_per_step 4 --group_size 4 --num_iterations 2 --gen_length 32 "
+                     "--threshold 0.9 --eval_count 0",
 }
 
 

@@ -20,11 +20,13 @@ import train_sft
 from model import gather_tensors
 from parallel import Processes, Stopped, clip_and_step, gathered, parallelise, processes
 from run import Run
+from variants import grpo
 
 ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
 RUNS = {  # two steps, of which both are saved; 5 held-out problems: processes have unequally many
     "grpo": (train_grpo, f"--data {PROBLEMS} --eval_count 5 --eval_every 1 --save_every 1"),
     "grpo with LoRA": (train_grpo, f"--data {PROBLEMS} --lora_r 3 --lr 1e-3 --save_every 1"),
+    "trajectory": (grpo, f"--data {PROBLEMS} --estimator trajectory --save_every 1"),
     "sft": (train_sft, "--task countdown --lr 1e-4 --save_every 1 --microbatch 1"),
     "sft with LoRA": (train_sft, "--task countdown --lr 1e-4 --save_every 1 --lora_r 3"),
 }
@@ -113,7 +115,7 @@ def two(one, tmp_path_factory):
     resumed = without_the_last_step(one, out / "resumed")
     done = run_script(__file__, out, 1, resumed, processes=2, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("diffu-GRPO on 6 prompts") == 5  # the main process prints, the other does not
+    assert done.stdout.count("diffu-GRPO on 6 prompts") == 7  # the main process prints, the other does not
     return out
 
 
