@@ -30,7 +30,10 @@ def load(split, data=None, count=None, seed=0):
     if data is None:
         return draw_examples("sudoku", split, count, seed, draw_puzzle, demonstrate)
     path = find_file(data, NAMES.get(split, ()))
-    puzzles = [read_puzzle(row, path) for row in read_rows(path, ("Puzzle", "Solution"))]
+    puzzles, test_file = read_puzzles(path), path.with_name(*NAMES["test"])
+    if split == "train" and test_file != path and test_file.exists():  # it may be a part of `path`
+        held_out = {example["puzzle"] for example in read_puzzles(test_file)}
+        puzzles = [example for example in puzzles if example["puzzle"] not in held_out]
     if split == "test" and Path(data).is_dir():
         # the authors test on choice(500, 256, replace=False) after numpy.random.seed(42)
         order = numpy.random.RandomState(42).permutation(len(puzzles))[:256]
@@ -51,6 +54,10 @@ def draw_puzzle(rng):
         puzzle = "".join("0" if i in empty else digit for i, digit in enumerate(solution))
         if solve(puzzle) == [solution]:
             return make_example(puzzle, solution), puzzle
+
+
+def read_puzzles(path):
+    return [read_puzzle(row, path) for row in read_rows(path, ("Puzzle", "Solution"))]
 
 
 def read_puzzle(row, path):
@@ -127,22 +134,17 @@ def is_right(answer, example):
     return read_grid(answer) in solve(example["puzzle"])
 
 
-def cell_share(answer, example):
-    """Share of the empty cells that an answer, text or None, fills as the stored solution.
+def reward(text, example):
+    """Share of the empty cells that a text fills as the stored solution: the authors' reward.
 
-    Only its digits count, padded with 0 or cut to 16: the rule of the authors' reward_func.py.
+    The digits of the closed answer count, padded with 0 or cut to 16 (their reward_func.py).
     """
-    digits = "".join(filter(str.isdigit, answer or "")).ljust(16, "0")
+    digits = "".join(filter(str.isdigit, closed_answer(text) or "")).ljust(16, "0")
     cells = zip(example["puzzle"], example["solution"], digits)
     right = [digit == solution for clue, solution, digit in cells if clue == "0"]
-    return sum(right) / max(len(right), 1)
-
-
-def reward(text, example):
-    """Share of the empty cells that the closed answer fills right: the authors' reward."""
-    return {"cells": cell_share(closed_answer(text), example)}
+    return {"cells": sum(right) / max(len(right), 1)}
 
 
 def score(text, example):
     """accuracy, closed, format: see `score_answer`. cells: the reward."""
-    return {**score_answer(text, example, is_right), "cells": reward(text, example)["cells"]}
+    return {**score_answer(text, example, is_right), **reward(text, example)}

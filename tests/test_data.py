@@ -367,6 +367,13 @@ def test_a_folder_gives_each_task_its_file(tmp_path, monkeypatch):
     numpy.random.seed(42)
     drawn = numpy.random.choice(288, 256, replace=False)  # how the authors draw from their 500
     assert [e["puzzle"] for e in sudoku.load("test", data=tmp_path)] == [sudoku.grids()[i] for i in drawn]
+    train = tmp_path / "4x4_sudoku_unique_puzzles.csv"
+    train.write_text("Puzzle,Solution\n" + f"0{sudoku.grids()[0][1:]},{sudoku.grids()[0]}\n" + lines)
+    for data in (tmp_path, train):  # nothing of the test file, whether drawn or not
+        assert [e["puzzle"] for e in sudoku.load("train", data=data)] == ["0" + sudoku.grids()[0][1:]]
+    train.rename(tmp_path / "my.csv")
+    (tmp_path / "4x4_test_sudoku.csv").unlink()
+    assert len(sudoku.load("train", data=tmp_path / "my.csv")) == 289
 
 
 def test_without_a_network_the_message_says_how_to_fetch(monkeypatch):
