@@ -137,6 +137,7 @@ def pad_left(rows, pad_id, device):
 Completions = namedtuple("Completions", "ids committed_at lengths texts")
 
 
+@torch.compiler.set_stance("default")  # compiled; scores are not, to agree to the bit
 def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generate, **sampling):
     """One completion of each prompt, a list of token ids: for rollouts and for evaluation.
 
@@ -248,12 +249,12 @@ def main(args, load=load_problems, generate=generate):
         if args.compile:
             compile_blocks(model)
         room = model.config.max_sequence_length - args.gen_length  # for a prompt
-        examples = [{"prompt": args.prompt, "ids": tokenizer.encode_prompt(args.prompt)}]
-        if not args.prompt:
+        if args.prompt:
+            examples = encode_prompts([{"prompt": args.prompt}], tokenizer, room, procs)
+        else:
             examples = load(args.task, args, tokenizer, room, procs)
-        ids = examples[0]["ids"]
+        ids, rounds = examples[0]["ids"], args.diffusion_steps
         if args.watch:
-            rounds = args.diffusion_steps
             sampling["on_step"] = functools.partial(show, tokenizer, len(ids), rounds)
         if args.prompt or args.watch:
             done = complete(model, tokenizer, [ids], [(args.seed, "answer")], **sampling)

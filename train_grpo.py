@@ -227,7 +227,7 @@ def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
             frozen = run.load_model(is_trained=False)  # a copy as large as the model
         reference = functools.partial(adapters_off, frozen)
         procs.print(f"diffu-GRPO on {len(examples)} prompts of {args.task}")
-        with run:
+        with run, torch.compiler.set_stance("force_eager"):  # --compile is for sampling alone
             for number in range(run.step, args.steps + 1):
                 if held_out and run.is_due(args.eval_every):
                     metrics = evaluate_policy(run, model, held_out, args, procs, generate)

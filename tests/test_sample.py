@@ -209,6 +209,7 @@ def test_a_prompt_is_answered_and_watched_where_there_is_no_terminal(capsys):
     ("--prompt x --temperature -1", "--temperature"),
     ("--prompt x --dtype half", "--dtype half"),
     ("--task countdown --gen_length 512", "lower --gen_length"),
+    ("--prompt x --gen_length 504 --diffusion_steps 63", "no prompt has 8 tokens or fewer: lower --gen_length"),
 ])
 def test_bad_options_are_one_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no runs/ should appear

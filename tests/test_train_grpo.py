@@ -76,6 +76,28 @@ def test_compiled_blocks_change_nothing(tmp_path, monkeypatch):
     assert len(compiled) >= 4  # blocks
 
 
+@pytest.mark.slow
+def test_compiled_blocks_sample_and_leave_the_first_ratio_at_one(tmp_path, monkeypatch):
+    """In bfloat16 with adapters, where inductor's kernels with a graph round otherwise than those without."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    differences, load_model = [], train_grpo.Run.load_model
+
+    def load_one_block(run):  # inductor is slow
+        model = load_model(run)
+        model.model["transformer"]["blocks"] = model.blocks[:1]
+        return model
+
+    def watch(logps, old_logps, ref_logps, *rest):
+        differences.append([float((logps.detach() - other).abs().max()) for other in (old_logps, ref_logps)])
+        return train_grpo.diffu_grpo(logps, old_logps, ref_logps, *rest)
+
+    monkeypatch.setattr(train_grpo.Run, "load_model", load_one_block)
+    train(train_grpo, tmp_path / "run", f"{QUICK} --compile --dtype bfloat16 --lora_r 4", objective=watch)
+    assert differences[0] == [0, 0] and len(differences) == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # of the sampler
+
+
 def test_a_step_makes_of_completions_and_masks_what_the_plain_algorithm_makes(monkeypatch):
     """One default step against tools/transcription.py, with prompts of unequal lengths and parts of unequal size."""
     seen = {}
