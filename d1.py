@@ -82,7 +82,7 @@ def kl_k3(logps, ref_logps):
 
 
 def diffu_grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta, token_count):
-    """The clipped objective of diffu-GRPO, to minimise (eq. 4, a mean over tokens as in its code).
+    """The clipped objective of diffu-GRPO, to minimise (eq. 4, but a mean over all tokens).
 
         - 1 / tokens * sum_i sum_l [ min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta KL ]
 

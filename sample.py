@@ -24,7 +24,7 @@ from model import LLaDA, at_least_float32, find_checkpoint
 from parallel import DEVICE_OPTIONS, compile_blocks, processes
 from run import Run, make_parser
 
-SAMPLING = {  # option: (the authors' value for LLaDA-8B, the embedded model's, what it is)
+SAMPLING = {  # option: (for LLaDA-8B as the authors have it, for the embedded model, what it is)
     "gen_length": (256, 32, "tokens of a completion"),
     "diffusion_steps": (128, 32, "denoising rounds of a completion, a multiple of the blocks"),
     "block_length": (32, 8, "tokens of a block, filled left to right"),

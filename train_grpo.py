@@ -26,7 +26,7 @@ from run import RUN_OPTIONS, Run, make_parser
 from sample import (SAMPLING, check_schedule, complete, encode_prompts, evaluate, generate,
                     pad_left, sampling_options)
 
-OPTIONS = {  # option: (the authors' value for LLaDA-8B, the embedded model's, what it is)
+OPTIONS = {  # option: (for LLaDA-8B as the authors have it, for the embedded model, what it is)
     "problems": {
         "data": ("", "", "training problems: file, d1's dataset folder, dataset id; or its own"),
         "eval_data": ("", "", "held-out problems; or --data where that is no file; or the task's"),

@@ -15,7 +15,7 @@ from parallel import PARALLEL_OPTIONS, clip_and_step, gathered, processes
 from run import RUN_OPTIONS, Run, make_parser
 
 MIN_T = 1e-3  # t = (1 - MIN_T) u + MIN_T: LLaDA's floor, which bounds the weight 1 / t
-OPTIONS = {  # option: (the authors' value for LLaDA-8B, the embedded model's, what it is)
+OPTIONS = {  # option: (for LLaDA-8B as the authors have it, for the embedded model, what it is)
     "rows": {
         "data": ("", "", 'rows of "prompt" and "completion"; with --task, the file it reads'),
         "split": ("mixed", "mixed", "which demonstrations: mixed, worked or corrected"),

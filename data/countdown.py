@@ -198,7 +198,7 @@ def is_right(answer, example):
 
 
 def reward(text, example):
-    """1 for an exact answer, 0.1 for any other closed answer, else 0: the authors' reward."""
+    """1 for an exact answer, 0.1 for another closed one: the authors' but for `safe_value`."""
     answer = closed_answer(text)
     exact = is_right(answer, example)
     return {"exact": float(exact), "closed": 0.1 * (not exact and answer is not None)}

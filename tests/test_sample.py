@@ -151,7 +151,7 @@ def test_rows_that_ended_leave_and_equal_a_full_canvas_up_to_eos(temperature):
 
 def test_an_evaluation_scores_every_problem_once_the_longest_prompts_first(capsys):
     model, tokenizer = embedded()
-    examples = [{"prompt": "Hi " * n} for n in (1, 5, 2, 70, 3)]
+    examples = [{"prompt": "Hi " * n, "index": 7} for n in (1, 5, 2, 70, 3)]  # a column of the task's own
     fitting = sample.encode_prompts(examples, tokenizer, 60, ALONE)
     assert len(fitting) == 4 and "skipped 1 prompts of more than 60 tokens" in capsys.readouterr().out
     widths = []

@@ -171,6 +171,14 @@ def test_a_run_leaves_the_documented_folder(run):
     assert not torch.equal(model(ids), embedded()[0](ids))
 
 
+def test_a_run_without_an_evaluation_before_training_has_no_before(tmp_path):
+    train(train_grpo, tmp_path / "run", f"{QUICK} --eval_count 0")
+    with pytest.raises(SystemExit, match="^error: [^\n]* --eval_count 0, --resume cannot change that$"):
+        train(train_grpo, tmp_path / "run", f"{QUICK} --steps 2 --eval_count 4 --resume")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 1 and not {"accuracy_before", "accuracy_after"} & summary.keys()
+
+
 def test_a_finished_run_is_not_taken_twice(run):
     before = read_rows(run[0] / "metrics.jsonl")
     for script in (train_grpo, train_sft):

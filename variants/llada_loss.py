@@ -1,4 +1,4 @@
-"""SFT with the weights of LLaDA's own fine-tuning (its GUIDELINES.md) in the place of the d1 authors'.
+"""SFT in which every row counts the same, as in LLaDA's own fine-tuning (its GUIDELINES.md) and the d1 authors' runs.
 
     python variants/llada_loss.py --task countdown sudoku
 """

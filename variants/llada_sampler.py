@@ -68,7 +68,7 @@ def predict(model, x, attn_mask, positions, is_prompt, mask_id, cfg_scale):
 def gumbel_bfloat16(logits, temperature, uniform, mask_id):
     """LLaDA's draw in the place of sample.choose: the argmax of exp(logits) / (-log u) ** temperature.
 
-    Its noise is in bfloat16, as in the authors' training: tokens of small probability are never drawn.
+    Its noise is in bfloat16, as in the authors' training: tokens of small probability are almost never drawn.
     """
     logits = logits.clone()
     logits[..., mask_id] = -torch.inf
