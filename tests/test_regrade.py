@@ -10,8 +10,8 @@ import pytest
 from data import TASKS
 from data.format import MAX_TEXT, write_completion
 from tools import regrade
-from tools.published import (END, GRADERS, find_expression, find_grid, find_in_paper, find_number, make_example,
-                             write_prompt)
+from tools.published import (END, GRADERS, find_expression, find_grid, find_in_paper, find_latex, find_number,
+                             make_example, reaches, write_prompt)
 
 FOLDER = os.environ.get("D1_GENERATIONS", "")  # the authors' *_generations.json
 needs_generations = pytest.mark.skipif(not FOLDER, reason="D1_GENERATIONS names no folder of the authors' generations")
@@ -50,14 +50,28 @@ def transcribed_grid(text):
     return ""
 
 
-def transcribed_expression(text):
-    expression, boxes = None, [match.end() for match in re.finditer(r"\\boxed\{", text)]
+def transcribed_box(text):
+    """The four rules for the text of a box; None: no result."""
     if "\\boxed " in text:
-        expression = text.split("\\boxed ")[-1].split("$")[0]
-    elif boxes:
-        body = text[boxes[-1]:]
-        ends = [i for i, c in enumerate(body) if c == "}" and body[:i].count("{") == body[:i].count("}")]
-        expression = body[:ends[0]] if ends else None
+        return text.split("\\boxed ")[-1].split("$")[0]
+    for name in ("\\boxed", "\\fbox"):
+        if name in text:
+            tail = name + text.split(name)[-1]
+            parts = [tail[:match.end()] for match in re.finditer("}", tail)]
+            box = next((part for part in parts if part.count("{") == part.count("}")), None)
+            inside = re.fullmatch(r"\\boxed\{(.*)\}", box or "", re.DOTALL)
+            return inside[1] if inside else box
+    return text
+
+
+def transcribed_latex(text):
+    latex = transcribed_box(text)
+    match = None if latex else re.search("<answer>(.*?)</answer>", text, re.DOTALL)
+    return match[1].strip() if match else latex
+
+
+def transcribed_expression(text):
+    expression = transcribed_box(text)
     if expression is None:
         match = re.search("<answer>(.*?)</answer>", text, re.DOTALL)
         expression = match[1].strip() if match else text
@@ -67,11 +81,16 @@ def transcribed_expression(text):
 
 
 PIECES = ["<answer>", "</answer>", "\\boxed{", "\\boxed ", "}", "{", "=", "```", *END, "1234", "4321" * 4, "\n", " ",
-          "3 + 4", "$", "\\times", "\\div", "1,000", "...", "\\boxed{}", ".", "18 eggs", "nan", "-3"]
+          "3 + 4", "$", "\\times", "\\div", "1,000", "...", "\\boxed{}", ".", "18 eggs", "nan", "-3",
+          "\\fbox{", "\\boxed3", "\\boxed", "\\boxed{3{4}}", "<answer>5</answer>"]
+MARKS = ("\\boxed{", "<answer>", "</answer>", "}")
 
 
 def mutate(text, rng):
-    """A text cut and spliced at places that matter to the rules."""
+    """A text cut and spliced at places that matter to the rules, or with a mark gone, doubled or another."""
+    if rng.random() < 0.5:
+        mark = rng.choice(MARKS)
+        return text.replace(mark, rng.choice(("", " ", mark + mark, *PIECES)), rng.choice((1, -1)))
     places = [match.start() for match in re.finditer(r"<|\\boxed|\}|=|\d{4}", text)] or [0]
     a, b = sorted((rng.choice(places), rng.choice(places)))
     return text[:a] + rng.choice(PIECES) + text[b:b + rng.randint(0, 40)] + rng.choice((text[b:], rng.choice(PIECES)))
@@ -81,7 +100,7 @@ def assert_read_alike(texts):
     for text in texts:
         if len(text) <= MAX_TEXT:
             for ours, theirs in ((find_number, transcribed_number), (find_grid, transcribed_grid),
-                                 (find_expression, transcribed_expression)):
+                                 (find_expression, transcribed_expression), (find_latex, transcribed_latex)):
                 assert repr(ours(text)) == repr(theirs(text)), text  # repr: NaN is NaN
 
 
@@ -93,18 +112,25 @@ def test_texts_are_read_as_the_rules_say():
 
 # ---------------------------------------------------------------- the authors' files
 
+COUNTS = {  # (problems, right) at lengths 128, 256 and 512, counted by their parse_and_get_acc.py; Sudoku: cells
+    "countdown": (256, (53, 50, 41)), "gsm8k": (1130, (783, 863, 883)), "math500": (500, (130, 162, 181)),
+    "sudoku": (2048, (240, 137, 112))}
+
+
 @needs_generations
 def test_their_files_give_the_first_row_of_the_paper(capsys):
     results = regrade.main([FOLDER])
-    counts = {"math500": (500, 162), "countdown": (256, 50), "gsm8k": (1130, 863)}
-    for task, (count, right) in counts.items():
-        result = results[f"{task}_instruct_256_128"]
-        assert (result["problems"], result["published"]) == (count, right / count)
-    assert results["sudoku_instruct_256_128"]["published"] == 137 / 2048  # cells, over all puzzles
-    assert results["sudoku_instruct_256_128"]["valid"] == 5 / 256
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and lines[0].split()[1:] == "problems published exact valid effective_tokens paper".split()
-    assert "76.37%" in lines[2] and lines[4].endswith("6.7")
+    names = {f"{task}_instruct_{length}_{length // 2}": (of, right) for task, (of, rights) in COUNTS.items()
+             for length, right in zip((128, 256, 512), rights)}
+    assert results and results.keys() <= names.keys()  # lengths that are not in the folder are not looked for
+    for name, result in results.items():
+        of, right = names[name]
+        assert result["problems"] == min(of, 256) if "sudoku" in name else of
+        assert result["published"] == right / of
+        assert "gsm8k" in name or f"{100 * right / of:.1f}" == str(result["paper"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert {"problems", "published", "exact", "paper"} < set(header.split())
+    assert len(lines) == len(results)
 
 
 @needs_generations
@@ -167,11 +193,25 @@ def test_gsm8k_problems_whose_answer_was_lost_cannot_be_solved():
 
 
 @pytest.mark.parametrize("text, published, exact", [
-    (r"\boxed{3 + 7 + 12 = 22}", 1, 1), ("<answer>12+7+3</answer>", 1, 1), ("so 12 + 7 + 3 = 22.", 1, 1),
-    (r"\boxed{3 \times 7 + 12}", 0, 0), (r"\boxed{12 +7 + 3 + 0}", 0, 0), (r"\boxed{12+7+3.}", 1, 0),
-    (r"\boxed{}<answer>12+7+3</answer>", 0, 0), (r"\boxed{12(7)+3}", 0, 0), (r"\boxed{3/0+7+12}", 0, 0)])
+    (r"\boxed{3 + 7 + 12}", 1, 1), (r"\boxed{3 + 7 + 12 = 22}", 1, 0), ("<answer>12+7+3</answer>", 0, 1),
+    (r"\boxed{12 <answer>12+7+3</answer>", 1, 1), ("12+7+3", 1, 0), ("so 12 + 7 + 3 = 22.", 1, 0),
+    (r"\fbox{12+7+3}", 0, 0), (r"\fbox{12+7+3=22}", 1, 0), (r"\boxed{12+7+3} \boxed3", 0, 1),
+    (r"\boxed 12+7+3$.", 1, 1), (r"\boxed{3 \times 7 + 12}", 0, 0), (r"\boxed{12 +7 + 3 + 0}", 0, 0),
+    (r"\boxed{12+7+3.}", 1, 0),
+    (r"\boxed{}<answer>12+7+3</answer>", 0, 1), (r"\boxed{12(7)+3}", 0, 0), (r"\boxed{3/0+7+12}", 0, 0)])
 def test_countdown_reads_expressions_as_python(text, published, exact):
     assert GRADERS["countdown"](text, EXAMPLES["countdown"]) == {"published": published, "of": 1, "exact": exact}
+
+
+@pytest.mark.parametrize("text, truth, published, exact", [
+    (r"\boxed{0.5}", "0.5", 1, 1), ("0.5", r"\frac12", 1, 0), ("so 0.5", "0.5", 0, 0),
+    ("<answer>5</answer>", "5", 0, 1), (r"\boxed{} <answer>5</answer>", "5", 1, 1),
+    (r"\boxed{5 <answer>5</answer>", "5", 1, 1), (r"\boxed{4}} <answer>5</answer>", "5", 0, 1),
+    (r"\boxed{4} <answer>\boxed{5</answer>", "5", 0, 0), (r"\fbox{5}", r"\fbox{5}", 1, 0),
+    (r"\boxed3{5}", r"\boxed3{5}", 1, 0), (r"\boxed{", r"\$", 0, 0)])
+def test_math_takes_all_the_text_without_a_box(text, truth, published, exact):
+    verdict = GRADERS["math500"](text, {"answer": truth})
+    assert (verdict["published"], verdict["exact"]) == (published, exact)
 
 
 def test_countdown_knows_more_operators_than_exact_arithmetic():
@@ -180,9 +220,24 @@ def test_countdown_knows_more_operators_than_exact_arithmetic():
         assert (verdict["published"], verdict["exact"]) == (1, 0)
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_arithmetic_is_pythons():
+    rng = random.Random(0)
+    for _ in range(20_000):
+        expression = "".join(rng.choices("012.+-*/() \n", k=rng.randint(1, 8)))  # short: eval ends soon
+        try:
+            value = complex(eval(expression.strip()))
+        except (SyntaxError, TypeError, ArithmeticError):
+            value = float("inf")
+        for target in (0, 1, 2):
+            assert reaches(expression, target) == (abs(value - target) < 1e-5), expression
+    assert not reaches("2**.5**9**" * 9 + "9", 1) and not reaches("(-9.**154)**2.5*(9**154)", 1)
+
+
 @pytest.mark.parametrize("text, right, exact, valid", [
-    ("<answer>\n3142 2431\n4213 1324<|eot_id|>", 8, 1, 1), ("<answer>see ```3142243142131324```</answer>", 8, 1, 1),
-    ("</answer> 3142243142131324<|endoftext|>", 8, 1, 1), ("<answer>31422431</answer>", 4, 0, 0),
+    ("<answer>\n3142 2431\n4213 1324</answer>", 8, 1, 1), ("<answer>\n3142 2431\n4213 1324<|eot_id|>", 8, 0, 0),
+    ("<answer>see ```3142243142131324```</answer>", 8, 0, 0), ("</answer> 3142243142131324<|endoftext|>", 8, 0, 0),
+    (r"<answer>\boxed{3142243142131324}</answer>", 1, 1, 1), ("<answer>31422431</answer>", 4, 0, 0),
     ("<answer>31422431421313244</answer>", 8, 0, 0), ("<answer>", 0, 0, 0),
     ("<answer>3142243142131321</answer>", 7, 0, 1)])
 def test_sudoku_pads_or_cuts_and_counts_cells(text, right, exact, valid):
@@ -217,11 +272,24 @@ def test_a_model_is_evaluated_with_their_kind_of_prompt(tmp_path, capsys):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_our_files_are_graded_with_what_the_prompt_began(tmp_path, task):
-    text = write_completion("x", RIGHT[task])
-    row = {**EXAMPLES[task], "prefill": text[:11], "completion": text[11:], "ended": True, "effective_tokens": 9}
+    text = write_completion("x", rf"\boxed{{{RIGHT[task]}}}" if task in regrade.READ_BOXES else RIGHT[task])
+    row = {**EXAMPLES[task], "prompt": r"Answer in \boxed{}.", "prefill": text[:11], "completion": text[11:],
+           "ended": True, "effective_tokens": 9}
     (tmp_path / f"{task}_32.jsonl").write_text(json.dumps(row) + "\n")
     [(name, result)] = regrade.main([str(tmp_path)]).items()
     assert name.endswith(f"{task}_32") and result["published"] == result["exact"] == 1 and result["problems"] == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_a_box_asked_for_their_rule_for_boxes_is_left_out(tmp_path, task, capsys):
+    """Their rule would take all the text, and count none of our Countdown answers."""
+    row = {**EXAMPLES[task], "prompt": "Answer.", "completion": write_completion("x", RIGHT[task]), "ended": True,
+           "effective_tokens": 9}
+    (tmp_path / f"{task}_32.jsonl").write_text(json.dumps(row) + "\n")
+    [result] = regrade.main([str(tmp_path)]).values()
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert result["exact"] == 1 and result["published"] == (None if task in regrade.READ_BOXES else 1)
+    assert ("published" in header) == (len(lines) == 1) == (result["published"] is not None)
 
 
 def test_prompts_and_examples_have_what_they_are_made_of():

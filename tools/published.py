@@ -80,6 +80,27 @@ def final_answer(text):
     return unboxed(closed_answer(text)) or last_box(text)
 
 
+def read_box(text):
+    r"""The text of the last box by their rule: behind `\boxed ` up to the next dollar, else braces balanced.
+
+    A \boxed counts whatever follows it, without one an \fbox, and without either the whole text. Only \boxed{...}
+    loses its name. None: the box never closes.
+    """
+    text = text[-MAX_TEXT:]
+    if "\\boxed " in text:
+        return text.rpartition("\\boxed ")[2].partition("$")[0]
+    start = text.rfind("\\boxed" if "\\boxed" in text else "\\fbox")
+    if start < 0:
+        return text
+    depth = 0
+    for end in range(start, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if text[end] == "}" and depth == 0:
+            box = text[start:end + 1]
+            return box[len("\\boxed{"):-1] if box.startswith("\\boxed{") else box
+    return None
+
+
 # ---------------------------------------------------------------- GSM8K and MATH
 
 def find_boxes(text):
@@ -121,35 +142,53 @@ def grade_gsm8k(text, example):
             "exact": float(gsm8k.is_right(final_answer(text), example))}
 
 
+def find_latex(text):
+    """Their box, or the first answer where it is empty or never closes. None: there is neither."""
+    box = read_box(text)
+    answer = None if box else first_answer(text)
+    return box if answer is None else answer
+
+
 def grade_math500(text, example):
-    """Theirs: the last box anywhere, or the first answer where there is no box or an empty box."""
-    return {"published": float(math500.is_right(last_box(text) or first_answer(text), example)), "of": 1,
+    """Theirs: `find_latex` has the form of the solution. An empty form equals an empty one, which ours refuses."""
+    latex, solution = find_latex(text), example["answer"]
+    both_empty = latex is not None and math500.normalise(latex) == math500.normalise(solution) == ""
+    return {"published": float(both_empty or math500.is_right(latex, example)), "of": 1,
             "exact": float(math500.is_right(final_answer(text), example))}
 
 
 # ---------------------------------------------------------------- Countdown
 
 LEFT_SIDE = re.compile(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]")
-OPERATORS = {**countdown.OPERATORS, ast.Pow: operator.pow, ast.FloorDiv: operator.floordiv}
+
+
+def raise_to(base, exponent):
+    """base ** exponent. OverflowError for an integer of more than about 10,000 bits."""
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > 10_000:
+        raise OverflowError("too large an integer")
+    return base ** exponent
+
+
+OPERATORS = {**countdown.OPERATORS, ast.Pow: raise_to, ast.FloorDiv: operator.floordiv}
 
 
 def find_expression(text):
-    r"""The last box, else the first answer, else all the text, with operators for \div, \times and \cdot.
+    r"""Their box, else the first answer, else all the text, with operators for \div, \times and \cdot.
 
     Of an equation only the left side.
     """
     text = text[-MAX_TEXT:]
-    expression = next(part for part in (last_box(text), first_answer(text), text) if part is not None)
+    expression = next(part for part in (read_box(text), first_answer(text), text) if part is not None)
     expression = expression.replace(r"\div", "/").replace(r"\times", "*").replace(r"\cdot", "*")
     equation = LEFT_SIDE.search(expression)
     return equation[1].strip() if equation else expression
 
 
-def read_as_python(expression):
-    """The value in floats that Python gives an expression of at most 200 characters, or None. Runs no code."""
+def reaches(expression, target):
+    """Whether Python's value of an expression of at most 200 characters is within 1e-5 of the target. Runs no code."""
     def walk(node):
         if isinstance(node, ast.Constant):
-            return float(node.value)
+            return node.value
         if isinstance(node, ast.UnaryOp):
             return OPERATORS[type(node.op)](walk(node.operand))
         if isinstance(node, ast.BinOp):
@@ -157,23 +196,19 @@ def read_as_python(expression):
         raise SyntaxError("neither a number nor arithmetic")
 
     if len(expression) > 200 or not re.fullmatch(r"[\d+\-*/().\s]+", expression):
-        return None
+        return False
     try:
-        return walk(ast.parse(expression.strip(), mode="eval").body)
+        return abs(walk(ast.parse(expression.strip(), mode="eval").body) - target) < 1e-5
     except (SyntaxError, KeyError, ArithmeticError, RecursionError, MemoryError, TypeError):
-        return None  # TypeError: of "...", and of // where a root of a negative number gave a complex one
+        return False  # TypeError: arithmetic with "...", // of a complex root of a negative number
 
 
 def grade_countdown(text, example):
-    """Theirs: Python's value of `find_expression` lies within 1e-5 of the target, its digits are the numbers given.
-
-    exact: of the same expression, in exact arithmetic that knows neither decimals nor ** and //.
-    """
-    expression, numbers = find_expression(text), sorted(example["numbers"])
-    right_numbers = len(expression) <= 200 and sorted(map(int, re.findall(r"\d+", expression))) == numbers
-    value = read_as_python(expression) if right_numbers else None
-    return {"published": float(value is not None and abs(value - example["target"]) < 1e-5), "of": 1,
-            "exact": float(countdown.is_right(expression, example))}
+    """Theirs: `find_expression` has the numbers given as its digits, and Python's value of it is the target."""
+    expression = find_expression(text)
+    numbers = sorted(map(int, re.findall(r"\d+", expression[:200])))
+    right = numbers == sorted(example["numbers"]) and reaches(expression, example["target"])
+    return {"published": float(right), "of": 1, "exact": float(countdown.is_right(final_answer(text), example))}
 
 
 # ---------------------------------------------------------------- Sudoku
@@ -204,13 +239,13 @@ def cut_before(text, ends, default):
 def grade_sudoku(text, example):
     """Theirs: empty cells in which `find_grid`, filled up with zeros or cut to 16, is the stored solution.
 
-    exact: that grid, as it stands, solves the puzzle. valid: it is 16 digits from 1 to 4.
+    valid: our answer is 16 digits from 1 to 4.
     """
-    grid, puzzle = find_grid(text), example["puzzle"]
-    filled = grid.ljust(16, "0")[:16]
+    answer, puzzle = final_answer(text), example["puzzle"]
+    filled = find_grid(text).ljust(16, "0")[:16]
     right = sum(filled[i] == example["solution"][i] for i in range(16) if puzzle[i] == "0")
-    return {"published": right, "of": puzzle.count("0"), "exact": float(grid in sudoku.solve(puzzle)),
-            "valid": float(re.fullmatch("[1-4]{16}", grid) is not None)}
+    return {"published": right, "of": puzzle.count("0"), "exact": float(sudoku.is_right(answer, example)),
+            "valid": float(sudoku.read_grid(answer) is not None)}
 
 
 GRADERS = {"countdown": grade_countdown, "gsm8k": grade_gsm8k, "math500": grade_math500, "sudoku": grade_sudoku}

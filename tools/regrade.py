@@ -24,6 +24,7 @@ from tools.published import END, GRADERS, PAPER, PREFILL, find_in_paper, make_ex
 
 THEIRS = re.compile(r"((gsm8k|gsm|math500|math|countdown|sudoku)_.*?)_[0-9]+_generations\.json")
 SHORT_NAMES = {"gsm": "gsm8k", "math": "math500"}  # of tasks in their file names
+READ_BOXES = ("countdown", "math500")  # tasks in which their rule takes all the text where there is no box
 OURS = re.compile(rf"({'|'.join(TASKS)})_([0-9]+)\.jsonl")
 
 
@@ -75,6 +76,7 @@ def read_theirs(path):
         try:
             text = item["generations"]
             rows.append({"text": text, "example": make_example(task, item["question"], item["ground_truth"]),
+                         "box_asked_for": True,
                          "effective_tokens": length - text.count(END[1])})  # the texts spell out all EOS of the canvas
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SystemExit(f"error: {path}, item {n}: not a generation of {task} ({error!r})") from None
@@ -94,7 +96,8 @@ def read_ours(path):
             row = json.loads(line)
             # as the authors' texts: what the prompt began, and an end token where the canvas has one
             text = row.get("prefill", "") + row["completion"] + END[1] * row["ended"]
-            rows.append({"text": text, "example": row, "effective_tokens": row["effective_tokens"]})
+            rows.append({"text": text, "example": row, "box_asked_for": "\\boxed" in row["prompt"],
+                         "effective_tokens": row["effective_tokens"]})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SystemExit(f"error: {path}, row {n}: not a generation ({error!r})") from None
     return str(path.with_suffix("")), match[1], int(match[2]), rows
@@ -103,13 +106,16 @@ def read_ours(path):
 # ---------------------------------------------------------------- grades
 
 def grade(task, rows):
-    """{name: share} over rows {"text", "example", "effective_tokens"}: sums first, then one division.
+    """{name: share} over rows {"text", "example", "box_asked_for", "effective_tokens"}: sums first, then one division.
 
-    published: by the authors' rules; exact, valid: by ours on the same texts.
+    published: by the authors' rules, None where they mean nothing: they read boxes, and the prompt asks for none.
+    exact, valid: by ours on the same texts.
     """
     verdicts = [GRADERS[task](row["text"], row["example"]) for row in rows]
     total = {name: sum(verdict[name] for verdict in verdicts) for name in verdicts[0]}
     published = total.pop("published") / total.pop("of")
+    if task in READ_BOXES and not all(row["box_asked_for"] for row in rows):
+        published = None
     ours = {name: count / len(rows) for name, count in total.items()}
     effective_tokens = sum(row["effective_tokens"] for row in rows) / len(rows)
     return {"published": published, **ours, "effective_tokens": effective_tokens}
@@ -123,7 +129,10 @@ def regrade(paths):
         results[name] = {"problems": len(rows), **grade(task, rows), "paper": reference}
         shown = {key: show(key, value) for key, value in results[name].items()}
         lines.append({"generations": name, "problems": "", "published": "", "exact": "", "valid": "", **shown})
-    print_table(lines)
+    columns = [column for column in lines[0] if any(line[column] for line in lines)]
+    print_table([{column: line[column] for column in columns} for line in lines])
+    if any(result["published"] is None for result in results.values()):
+        print("published is blank where the prompt asks for no box: their rule would read all the text")
     return results
 
 
