@@ -8,8 +8,10 @@ from data.format import FORMAT, MAX_TEXT, closed_answer, is_formatted, score_ans
 HUB = {"train": ("openai/gsm8k", "main/train-00000-of-00001.parquet"),
        "test": ("openai/gsm8k", "main/test-00000-of-00001.parquet")}
 QUESTION = "Solve the problem. Put only the final number inside the answer tags."
-NUMBER = re.compile(r"[-−]?(?:[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?|\.[0-9]+)")
-THOUSANDS = re.compile(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
+NUMBER = re.compile(r"([-−]?)\\?\$?"
+                    r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+UNCLEAR = re.compile(r"(?i:minus|negative)|[\w)][-−]\\?\$?[.0-9]|[-−](?!\\?\$?[.0-9])\W*[0-9]"
+                     r"|[0-9]\s*(?:!|[kKM]\b|hundred|thousand|million|billion|dozen)")
 WHOLE = re.compile(r"-?([0-9]{1,15}|[0-9]{1,3}(,[0-9]{3}){1,4})")
 SOFT = r"(?s)<reasoning>(?:(?!</reasoning>).)*</reasoning>\s*<answer>.*?</answer>"
 TAG_LINES = ("\n<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
@@ -38,14 +40,13 @@ def read_problem(row, path):
 
 
 def read_number(text):
-    """The number (Fraction) of texts like "$1,000.", "-3", "18 eggs"; None if there is not one."""
-    numbers = NUMBER.findall(text) if text and len(text) <= 200 else []
+    """The number (Fraction) of "$1,000.", "-$3", "18 eggs"; None for "1 of 2", "- 5", "5!"."""
+    clear = text and len(text) <= 200 and not UNCLEAR.search(text)
+    numbers = NUMBER.findall(text) if clear else []
     if len(numbers) != 1:
         return None
-    number = numbers[0].replace("−", "-")
-    if "," in number and not THOUSANDS.fullmatch(number):
-        return None
-    return Fraction(number.replace(",", ""))
+    sign, digits = numbers[0]
+    return Fraction(("-" if sign else "") + digits.replace(",", ""))
 
 
 def is_right(answer, example):

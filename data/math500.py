@@ -2,7 +2,7 @@ r"""MATH (arXiv:2103.03874): competition problems in LaTeX; trained on MATH, tes
 import re
 
 from data.files import SUFFIXES, find_file, read_rows
-from data.format import FORMAT, MAX_TEXT, closed_answer, last_box, score_answer, unboxed
+from data.format import FORMAT, closed_answer, last_box, score_answer, unboxed
 
 HUB = {"train": ("nlile/hendrycks-MATH-benchmark", "data/train-00000-of-00001.parquet"),
        "test": ("HuggingFaceH4/MATH-500", "test.jsonl")}
@@ -63,12 +63,10 @@ def normalise(text):
 
 
 def is_right(answer, example):
-    """Whether an answer, LaTeX or None, and the solution's have one form, or else one text."""
-    solution = example["answer"]
-    if answer is None or max(len(answer), len(solution)) > MAX_TEXT:
-        return answer == solution
+    """Whether an answer, LaTeX or None, and the solution have one text, or one form, not empty."""
+    answer, solution = answer or "", example["answer"]
     forms = normalise(answer), normalise(solution)
-    return answer == solution if None in forms else forms[0] == forms[1]
+    return forms[0] == forms[1] if all(forms) else answer == solution
 
 
 def reward(text, example):

@@ -208,7 +208,8 @@ def test_countdown_reads_expressions_as_python(text, published, exact):
     ("<answer>5</answer>", "5", 0, 1), (r"\boxed{} <answer>5</answer>", "5", 1, 1),
     (r"\boxed{5 <answer>5</answer>", "5", 1, 1), (r"\boxed{4}} <answer>5</answer>", "5", 0, 1),
     (r"\boxed{4} <answer>\boxed{5</answer>", "5", 0, 0), (r"\fbox{5}", r"\fbox{5}", 1, 0),
-    (r"\boxed3{5}", r"\boxed3{5}", 1, 0), (r"\boxed{", r"\$", 0, 0)])
+    (r"\boxed3{5}", r"\boxed3{5}", 1, 0), (r"\boxed{", r"\$", 0, 0),
+    (r"\boxed{\%}", r"\$", 1, 0), (r"\boxed{}", r"\$", 1, 0)])
 def test_math_takes_all_the_text_without_a_box(text, truth, published, exact):
     verdict = GRADERS["math500"](text, {"answer": truth})
     assert (verdict["published"], verdict["exact"]) == (published, exact)

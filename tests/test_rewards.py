@@ -81,6 +81,7 @@ def test_arithmetic_is_exact_and_left_associative():
     ("3 - (-3 - 7)", 1), ("7+3+3", 1), ("7 + 3 * 2", 0.1), ("7 + 3", 0.1), ("13", 0.1), ("3 + 3 + 7 + 0", 0.1),
     ("7 + 7 - 3 / 3", 0.1), ("3 + 3 + 7 = 13", 0.1), ("33 - 7", 0.1), ("", 0.1), (r"\boxed{3 + 3 + 7}", 0.1)])
 def test_countdown_reward(text, total):
+    """As in the authors' reward a box is no arithmetic. The accuracy looks into it, on every task."""
     rewards, scores = countdown.reward(answer(text), COUNTDOWN), countdown.score(answer(text), COUNTDOWN)
     assert rewards == {"exact": float(total == 1), "closed": 0.1 * (total == 0.1)}
     assert scores == {"accuracy": float(total == 1 or "boxed" in text), "closed": 1, "format": 1}
@@ -119,7 +120,11 @@ def test_another_solution_of_a_sudoku_is_accurate():
 @pytest.mark.parametrize("text, number", [
     ("-3", -3), ("−3", -3), ("$1,000.", 1000), ("18 dollars", 18), ("60\\%", 60), (".5", Fraction(1, 2)),
     ("1,234,567.25", Fraction(4938269, 4)), ("12,34", None), ("16 - 7 = 9", None), (None, None), ("1e9", None),
-    ("1" * 201, None), ("٣", None)])
+    ("1" * 201, None), ("٣", None), ("-$5", -5), ("-\\$1,000.50", Fraction(-2001, 2)), ("$-5", -5),
+    ("18 eggs!", 18), ("18 ten-dollar bills", 18), ("5km", 5), ("1,0000", None), ("1000,000", None),
+    # the sign stands apart, or the number goes on: what it says is not plain
+    ("- 5", None), ("-$ 5", None), ("-€5", None), ("--5", None), ("x-5", None), ("minus 5", None),
+    ("Negative 5", None), ("5k", None), ("5 K", None), ("$5M", None), ("5 million", None), ("5!", None)])
 def test_read_number(text, number):
     assert gsm8k.read_number(text) == number
 
@@ -140,6 +145,15 @@ def test_gsm8k_reward(text, truth, rewards):
     ("1/2", (0.25, 0)), (write_completion(r"\boxed{0.5}", "2"), (0.75, 0)), (answer(r"\boxed{2"), (0.75, 0))])
 def test_math_reward(text, rewards):
     assert tuple(math500.reward(text, EXAMPLES["math500"]).values()) == rewards
+
+
+def test_an_empty_form_is_no_answer():
+    r"""\$, \text{ east} and 10\% lose what they hold as signs and units: nothing is left to compare."""
+    for truth in (r"\$", r"\text{ east}", " "):
+        example = {"answer": truth}
+        assert not any(math500.is_right(wrong, example) for wrong in (None, "", r"\%", r"\text{ west}"))
+        assert math500.is_right(truth, example)
+        assert math500.reward(answer(r"\boxed{}"), example)["correct"] == 0
 
 
 @pytest.mark.parametrize("text, form", [

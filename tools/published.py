@@ -144,6 +144,7 @@ def grade_gsm8k(text, example):
 
 def find_latex(text):
     """Their box, or the first answer where it is empty or never closes. None: there is neither."""
+    text = text[-MAX_TEXT:]
     box = read_box(text)
     answer = None if box else first_answer(text)
     return box if answer is None else answer
