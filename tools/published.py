@@ -35,7 +35,10 @@ def find_in_paper(row, task, gen_length):
 # ---------------------------------------------------------------- prompts and examples
 
 def write_prompt(task, example):
-    """The prompt of an evaluation as the authors describe it: an expert, the answer in a box. The words are ours."""
+    """The prompt of an evaluation as the authors describe it: an expert, the answer in a box. The words are ours.
+
+    For Sudoku theirs asks for no box.
+    """
     if task == "countdown":
         instruction = ("With the numbers given, each used exactly once, and + - * / write an arithmetic expression "
                        "that equals the target; only that expression belongs in the box.")
