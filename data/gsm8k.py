@@ -18,7 +18,7 @@ TAG_LINES = ("\n<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>
 
 
 def load(split, data=None, count=None, seed=0):
-    """Problems as dicts with "prompt", "question", "answer" (the number as text, without commas).
+    """Dicts with "prompt", "question", "solution", "answer" (its number as text, without commas).
 
     split: train (7,473) or test (1,319). data: a file with question and answer, which ends in
     "#### number"; a folder or dataset id with the published files; default: those.
@@ -30,13 +30,13 @@ def load(split, data=None, count=None, seed=0):
 
 
 def read_problem(row, path):
-    question, answer = str(row["question"]).strip(), str(row["answer"])
-    number = read_number(answer.rpartition("####")[2])
-    if "####" not in answer or number is None:
+    question, solution = str(row["question"]).strip(), str(row["answer"])
+    number = read_number(solution.rpartition("####")[2])
+    if "####" not in solution or number is None:
         raise SystemExit(f"error: --data {path}, row {row['row']}: the answer must end in "
-                         f"'#### number', found {answer[-40:]!r}")
+                         f"'#### number', found {solution[-40:]!r}")
     prompt = f"{FORMAT}\n\n{QUESTION}\n\n{question}"
-    return {"prompt": prompt, "question": question, "answer": str(number)}
+    return {"prompt": prompt, "question": question, "solution": solution, "answer": str(number)}
 
 
 def read_number(text):

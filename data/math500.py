@@ -12,7 +12,7 @@ SPELLINGS = (("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac"
 
 
 def load(split, data=None, count=None, seed=0):
-    """Problems as dicts with "prompt", "question", "answer" (LaTeX).
+    """Dicts with "prompt", "question", "solution" ("" where there is none), "answer" (LaTeX).
 
     split: train (12,000) or test (500). data: a file with problem and answer, or problem and
     solution that ends in a box; a folder or dataset id with the published files; default: those.
@@ -24,13 +24,13 @@ def load(split, data=None, count=None, seed=0):
 
 
 def read_problem(row, path):
-    question, answer = str(row["problem"]).strip(), row.get("answer")
-    answer = last_box(str(row.get("solution", ""))) if answer is None else str(answer)
+    question, solution = str(row["problem"]).strip(), str(row.get("solution") or "")
+    answer = last_box(solution) if row.get("answer") is None else str(row["answer"])
     if not answer or not answer.strip():
         raise SystemExit(f"error: --data {path}, row {row['row']}: neither an answer nor a "
                          "solution that ends in \\boxed{}")
     prompt = f"{FORMAT}\n\n{QUESTION}\n\n{question}"
-    return {"prompt": prompt, "question": question, "answer": answer}
+    return {"prompt": prompt, "question": question, "solution": solution, "answer": answer}
 
 
 def normalise(text):

@@ -324,8 +324,10 @@ def test_public_formats_become_examples(tmp_path):
     path = write(tmp_path / "g.jsonl", GOOD["gsm8k"], GOOD["gsm8k"] | {"answer": "#### -3"})
     first, negative = gsm8k.load("train", data=path)
     assert (first["answer"], negative["answer"]) == ("1018", "-3") and first["prompt"].endswith("\n\nq")
+    assert first["solution"] == "so #### 1,018"
     path = write(tmp_path / "m.jsonl", GOOD["math500"], {"problem": "p", "solution": r"\boxed{1} \boxed{\frac{1}{2}}"})
-    assert [row["answer"] for row in math500.load("train", data=path)] == ["007", r"\frac{1}{2}"]
+    rows = [(row["answer"], row["solution"]) for row in math500.load("train", data=path)]
+    assert rows == [("007", ""), (r"\frac{1}{2}", r"\boxed{1} \boxed{\frac{1}{2}}")]
     [row] = s1k.load(data=write(tmp_path / "s.jsonl", GOOD["s1k"]))
     assert row["completion"] == "<reasoning>\nthink\nhard\n</reasoning>\n<answer>\nso 4\n</answer>"
 
