@@ -231,7 +231,7 @@ def test_options_that_would_be_ignored_are_refused(options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["grpo", "llada_loss"])
+@pytest.mark.parametrize("program", ["grpo", "llada_loss", "authors_rewards"])
 def test_the_programs_run_from_any_directory(tmp_path, program):
     done = subprocess.run([sys.executable, ROOT / "variants" / f"{program}.py", "--help"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=100)
