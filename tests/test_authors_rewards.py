@@ -102,6 +102,13 @@ def test_the_truth_of_math_is_the_box_of_the_solution_where_there_is_one(solutio
         assert correct == 2 * (read_box(text) == read_box(right))
 
 
+@pytest.mark.parametrize("text, solution, right", [
+    (r"\boxed{\$}", r"\boxed{}", True), ("", r"\boxed{ }", True), (r"\boxed{a/b}", r"\boxed{a/b}", True),
+    (r"\boxed{a / b}", r"\boxed{a/b}", False), (r"\boxed{\frac}", r"\boxed{}", False)])
+def test_forms_may_be_empty_and_texts_without_a_form_are_compared(text, solution, right):
+    assert reward_math500(text, {"solution": solution})["correct"] == 2 * right
+
+
 def math_by_places(text):
     """The rules for HALF: the shortest balanced piece from the last box, the part of the text behind <answer>."""
     parts = text.split("<answer>")
@@ -113,7 +120,7 @@ def math_by_places(text):
     if "\\boxed " in text:
         box = re.search(r"(?s).*\\boxed ([^$]*)", text)[1]
     return {"format": 0.25 + 0.5 * (len(parts) > 1) + 0.25 * (chr(8) + "oxed" in place),
-            "correct": 2.0 * math500.is_right(box, {"answer": r"\frac{1}{2}"})}
+            "correct": 2.0 * (math500.normalise(box) == r"\frac{1}{2}")}
 
 
 def test_math_rules():

@@ -62,13 +62,14 @@ def reward_math500(text, example):
 
     A solution with an open box, at which their code stops, counts whole. A row without one has an answer.
     """
-    answer, solution = text, example["solution"]
-    if "<answer>" in text:
-        answer = text.split("<answer>")[1].split("</answer>")[0]
-    has_box = "\x08oxed" in answer  # they wrote "\boxed", where \b is a backspace
+    _, tag, behind = text.partition("<answer>")
+    place = re.split("</?answer>", behind)[0] if tag else text
+    has_box = "\x08oxed" in place  # they wrote "\boxed", where \b is a backspace
+    box, solution = read_box(text), example["solution"]
     truth = read_box(solution) if solution else example["answer"]
-    return {"format": 0.25 + 0.5 * ("<answer>" in text) + 0.25 * has_box,
-            "correct": 2.0 * math500.is_right(read_box(text), {"answer": truth})}
+    forms = math500.normalise(box), math500.normalise(truth)
+    is_right = box == truth if None in forms else forms[0] == forms[1]  # both may be empty
+    return {"format": 0.25 + 0.5 * bool(tag) + 0.25 * has_box, "correct": 2.0 * is_right}
 
 
 REWARDS = {"gsm8k": reward_gsm8k, "math500": reward_math500}
