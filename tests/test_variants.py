@@ -3,6 +3,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import runpy
 import sys
 from types import SimpleNamespace
@@ -86,6 +87,32 @@ def test_coupled_masks_score_every_token_with_its_weight():
         seen = by_hand(lambda o, i, mask=mask: hide(o, mask if mask[i] else complement))
         probability = torch.where(torch.tensor(mask), ratio[:, k, :, None], 1 - ratio[:, k, :, None])
         torch.testing.assert_close(logps.view(2, 8, 27, L)[:, k], (full + seen / probability) / 2)
+
+
+def test_the_expectation_of_the_elbo_is_the_mean_of_the_chain_rule_over_all_orders():
+    """Every subset has the probability 1 / ((L + 1) (L over its size)). Gradients of empty and full ones are finite."""
+    one = torch.ones((), requires_grad=True)
+    expected = sum(by_hand(lambda o, i, order=order: hide(o, [when >= order[i] for when in order])).sum(-1)
+                   for order in itertools.permutations(range(L))) / math.factorial(L)
+    total = sum(estimators.elbo(lambda *row, targets: one * network(*row, targets=targets), make_rollout(),
+                                MASKED[:, [k]], MASK).sum(-1) / (L + 1) / math.comb(L, sum(mask))
+                for k, mask in enumerate(ALL_MASKS))
+    torch.testing.assert_close(total, expected)
+    assert torch.autograd.grad(total.sum(), one)[0].isfinite()
+    both = estimators.elbo(network, make_rollout(), MASKED[:, [1, 6]], MASK)  # the mean of two draws
+    each = [estimators.elbo(network, make_rollout(), MASKED[:, [k]], MASK) for k in (1, 6)]
+    torch.testing.assert_close(both, sum(each) / 2)
+
+
+def test_subsets_have_uniform_sizes_evenly_spaced_over_the_updates():
+    args = parse("--estimator elbo --prompts_per_step 200 --num_iterations 8 --gen_length 7 --block_length 7 "
+                 "--diffusion_steps 7")
+    masked = estimators.draw_subsets(None, 3, args, ALONE)  # (8, 200, 2, 6, 7)
+    assert masked.shape == (8, 200, 2, 6, 7)
+    size = masked.sum(-1)
+    assert size.sort(dim=0).values.eq(torch.arange(8).view(-1, 1, 1, 1)).all()
+    assert float((size[0].flatten().bincount() / 2400 - 1 / 8).abs().max()) < 0.03
+    assert float((masked.float().mean((0, 1, 2, 3)) - 0.5).abs().max()) < 0.02  # no position is favoured
 
 
 def score_trajectory(committed_at, snapshots):
@@ -221,6 +248,8 @@ def clip_by_hand(ratio, advantage):
 def gain_by_hand(name, n, i, counted, logps, old, advantages):
     """What a completion adds to the objective, without its KL."""
     ratios, length = [logps[n, i, j] - old[n, i, j] for j in counted], max(1, len(counted))
+    if name == "espo":
+        return clip_by_hand(torch.exp((logps[n, i] - old[n, i]).sum() / L), advantages[n, i])
     if name == "sequence":
         return clip_by_hand(torch.exp(sum(ratios, torch.zeros(())) / length), advantages[n, i])
     if name == "sequence_mean":
@@ -230,7 +259,13 @@ def gain_by_hand(name, n, i, counted, logps, old, advantages):
     return weight * sum(logps[n, i, j] for j in counted) / (length if name == "wd1_mean" else 1)
 
 
-@pytest.mark.parametrize("name", ["sequence", "sequence_mean", "wd1", "wd1_mean"])
+def kl_by_hand(name, n, i, counted, logps, ref):
+    if name == "espo":
+        return (logps[n, i] - ref[n, i]).sum() ** 2 / (2 * L)
+    return sum(kl_k3(logps[n, i, j], ref[n, i, j]) for j in counted) / max(1, len(counted))
+
+
+@pytest.mark.parametrize("name", ["sequence", "espo", "sequence_mean", "wd1", "wd1_mean"])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_objectives_and_their_gradients_are_those_of_loops(name, beta):
     for seed in range(3):
@@ -240,7 +275,7 @@ def test_objectives_and_their_gradients_are_those_of_loops(name, beta):
         expected = kl = 0
         for n, i in itertools.product(range(N), range(G)):
             counted = [j for j in range(L) if rollout.mask[n, i, j]]
-            kl = kl + sum(kl_k3(logps[n, i, j], ref[n, i, j]) for j in counted) / max(1, len(counted)) / (N * G)
+            kl = kl + kl_by_hand(name, n, i, counted, logps, ref) / (N * G)
             expected = expected - gain_by_hand(name, n, i, counted, logps, old, rollout.advantages) / (N * G)
         torch.testing.assert_close(loss, expected + beta * kl)
         gradients = [torch.autograd.grad(value, logps, retain_graph=True)[0] for value in (loss, expected + beta * kl)]
@@ -250,7 +285,7 @@ def test_objectives_and_their_gradients_are_those_of_loops(name, beta):
         assert ("kl" in stats) == bool(beta) and ("clip_fraction" in stats) == ("wd1" not in name)
 
 
-@pytest.mark.parametrize("name", ["sequence", "sequence_mean", "wd1", "wd1_mean"])
+@pytest.mark.parametrize("name", ["sequence", "espo", "sequence_mean", "wd1", "wd1_mean"])
 def test_a_token_that_does_not_count_cannot_overflow_and_equal_rewards_teach_nothing(name):
     ARGS.beta = 0.04
     logps, old, ref, rollout = draw_numbers(0)
@@ -259,7 +294,8 @@ def test_a_token_that_does_not_count_cannot_overflow_and_equal_rewards_teach_not
     far = [torch.where(rollout.mask, x.detach(), value) for x, value in ((logps, -1e3), (old, 1e3), (ref, 1e4))]
     far[0].requires_grad_()
     loud, _ = objective(*far, rollout, None, ARGS)
-    torch.testing.assert_close(loud, loss)
+    if name != "espo":  # in which all count
+        torch.testing.assert_close(loud, loss)
     assert torch.isfinite(torch.autograd.grad(loud, far[0])[0]).all()
     ARGS.beta, rollout.advantages = 0.0, torch.zeros(N, G)
     assert not torch.autograd.grad(objective(logps, logps.detach(), None, rollout, None, ARGS)[0], logps)[0].any()
@@ -316,7 +352,7 @@ def take_step(options, monkeypatch, **replaced):
     "--masks_per_prompt 2", "--estimator mask_per_completion --objective sequence_mean",
     "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1_mean",
     "--estimator coupled --objective sequence --beta 0.04 --epsilon 0.5 --cfg_scale 0.2",
-    "--estimator trajectory --threshold 0.9 --cache dual"])
+    "--estimator elbo --objective espo --epsilon 0.2", "--estimator trajectory --threshold 0.9 --cache dual"])
 def test_a_step_starts_at_the_reference_and_does_not_depend_on_its_parts(monkeypatch, options):
     monkeypatch.setattr(countdown, "reward", lambda text, example: {"any": len(text) % 7})
     first = take_step(f"{options} --num_iterations 1", monkeypatch)
@@ -380,6 +416,9 @@ def test_options_that_would_be_ignored_are_refused(options, message):
 def test_a_run_records_the_options_that_it_reads_and_has_a_folder_of_its_own():
     args = parse("--estimator trajectory --objective wd1 --threshold 0.9 --gen_length 24")
     assert args.beta == 0 and parse("--objective wd1 --beta 0.04").beta == 0.04 == parse("--objective wd1_mean").beta
+    by_task = [parse(f"--objective espo --task {task}") for task in ("countdown", "sudoku", "gsm8k")]
+    assert [(args.epsilon, args.beta) for args in by_task] == [(0, 3e-3), (0.2, 1e-2), (0.2, 1e-3)]
+    assert parse("--estimator elbo").masks_per_prompt == 2 and parse("--estimator=elbo").epsilon == 0.5
     assert (parse("--objective sequence").epsilon, parse("--objective sequence_mean").epsilon) == (3e-4, 0.5)
     assert args.out == "runs/grpo-countdown-trajectory-wd1" and args.diffusion_steps == 24 and args.snapshots == 4
     assert not {"p_mask_prompt", "masks_per_prompt", "epsilon"} & vars(args).keys()

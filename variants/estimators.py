@@ -146,6 +146,40 @@ def coupled(policy, rollout, masks, mask_id):
     return ((full + weighted) / 2).flatten(0, 1)  # (n * K, G, L)
 
 
+def draw_subsets(rollout, step, args, procs):
+    """K random subsets of the L tokens of a completion for each of the mu updates: (mu, N, K, G, L) bool.
+
+    Their sizes are uniform over 0 to L, and evenly spaced over the updates. All subsets of a size are equally likely.
+    """
+    mu, L = args.num_iterations, args.gen_length
+    offset = (torch.arange(mu) * (L + 1) / mu).round().long().view(-1, 1, 1)
+    masks = []
+    for i in procs.share(args.prompts_per_step, "--prompts_per_step"):
+        numbers = generator(args.seed, "subset", step, i)
+        start = torch.randint(L + 1, (args.masks_per_prompt, args.group_size), generator=numbers)  # (K, G)
+        size = (start + offset) % (L + 1)  # (mu, K, G)
+        place = torch.rand(*size.shape, L, generator=numbers).argsort(-1).argsort(-1)  # of a token in a random order
+        masks.append(place < size[..., None])
+    return torch.stack(masks, dim=1).to(procs.device)
+
+
+def elbo(policy, rollout, masked, mask_id):
+    """ESPO (arXiv:2512.03759; espo_trainer.py, _get_elbo): every token under a subset S or under its complement.
+
+        log pi(o_l) = (L + 1) / (2 |S|) log p(o_l | q, the tokens outside S)           where l is in S
+                      (L + 1) / (2 (L - |S|)) log p(o_l | q, the tokens of S)         elsewhere
+
+    The sum over all L tokens is an unbiased estimate of the any-order ELBO: the mean over all orders of the chain
+    rule. It includes the EOS behind the first one, and those in later blocks nobody sampled. K subsets give one mean,
+    before any exponential.
+    """
+    by_subset, by_complement = masked_logps(policy, rollout, torch.cat([masked, ~masked], 1), mask_id).chunk(2, dim=1)
+    size, L = masked.sum(-1, keepdim=True), masked.shape[-1]
+    hidden = torch.where(masked, size, L - size)  # (n, K, G, L), tokens hidden beside one that is scored: at least 1
+    weight = (L + 1) / (2 * hidden)
+    return (weight * torch.where(masked, by_subset, by_complement)).mean(1)  # (n, G, L)
+
+
 def draw_snapshots(rollout, step, args, procs):
     """The snapshot that scores each token, the same for all updates: (mu, N, G, L) int64.
 
@@ -175,5 +209,7 @@ ESTIMATORS = {  # options: those of train_grpo.py and grpo.py that an estimator 
     "random_mask": Estimator(partial(draw_completion_masks, draw_ratio=spaced_ratio), random_mask,
                              ("masks_per_prompt",), hidden_alone),
     "coupled": Estimator(partial(draw_completion_masks, draw_ratio=moderate_ratio), coupled, ("masks_per_prompt",)),
+    "elbo": Estimator(draw_subsets, elbo, ("masks_per_prompt",)),
     "trajectory": Estimator(draw_snapshots, trajectory, ("snapshots",)),
 }
+PUBLISHED = {"elbo": {"masks_per_prompt": 2}}  # where a paper differs from d1

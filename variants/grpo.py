@@ -13,9 +13,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_grpo  # noqa: E402
+from variants import estimators, objectives  # noqa: E402
 from variants.estimators import ESTIMATORS  # noqa: E402
 from variants.evaluate import add_sampler_options, check_threshold, drop_unread, pick_generate  # noqa: E402
-from variants.objectives import OBJECTIVES, PUBLISHED  # noqa: E402
+from variants.objectives import OBJECTIVES  # noqa: E402
+
+
+def published(argv):
+    """The settings of the papers of the chosen methods, by option, where they differ from d1's."""
+    glance = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("task", "estimator", "objective"):
+        glance.add_argument(f"--{name}")
+    chosen, _ = glance.parse_known_args(argv)
+    by_objective = objectives.PUBLISHED.get(chosen.objective, {})
+    by_task = objectives.PUBLISHED.get((chosen.objective, chosen.task), {})
+    return estimators.PUBLISHED.get(chosen.estimator, {}) | by_objective | by_task
 
 
 def parse_args(argv=None):
@@ -26,10 +38,8 @@ def parse_args(argv=None):
     group.add_argument("--masks_per_prompt", type=int, default=1, help="K, masks of a prompt in an update")
     group.add_argument("--snapshots", type=int, default=4, help="of a rollout, for --estimator trajectory")
     group.add_argument("--objective", choices=OBJECTIVES, default="grpo",
-                       help="see variants/objectives.py; epsilon and beta are by default those of its paper")
-    glance = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    glance.add_argument("--objective")
-    parser.set_defaults(**PUBLISHED.get(glance.parse_known_args(argv)[0].objective, {}))
+                       help="see variants/objectives.py; where papers differ from d1, defaults are theirs")
+    parser.set_defaults(**published(argv))
     add_sampler_options(parser)
     args = parser.parse_args(argv)
     if min(args.masks_per_prompt, args.snapshots) < 1:

@@ -21,15 +21,24 @@ def clipped_loss(log_ratio, advantages, epsilon):
     return -torch.minimum(gain, clipped_gain), (clipped_gain < gain).float()
 
 
-def batch_mean(losses, stats, logps, ref_logps, rollout, args):
+def k3_mean(logps, ref_logps, mask):
+    """d1's KL term, a mean over the tokens of each completion. (n, G)."""
+    # what does not count is 0 before exp: an overflow there would be inf * 0 = NaN
+    return token_mean(kl_k3(logps.masked_fill(~mask, 0), ref_logps.masked_fill(~mask, 0)), mask)
+
+
+def k2_of_sums(logps, ref_logps, mask):
+    """ESPO's KL term: half the square of the difference of the sums, divided by L. (n, G)."""
+    return (logps - ref_logps).sum(-1) ** 2 / (2 * logps.shape[-1])
+
+
+def batch_mean(losses, stats, logps, ref_logps, rollout, args, kl_of=k3_mean):
     """The mean of losses (n, G) and of stats over the completions of the whole batch, the KL term added.
 
     Micro-batches and processes give shares, which add up.
     """
-    mask = rollout.mask
     if args.beta:
-        # what does not count is 0 before exp: an overflow there would be inf * 0 = NaN
-        kl = token_mean(kl_k3(logps.masked_fill(~mask, 0), ref_logps.masked_fill(~mask, 0)), mask)
+        kl = kl_of(logps, ref_logps, rollout.mask)  # (n, G)
         losses = losses + args.beta * kl
         stats = {**stats, "kl": kl.detach()}
     K = len(losses) // len(rollout.prompt)  # masks of each prompt
@@ -48,6 +57,19 @@ def sequence(logps, old_logps, ref_logps, rollout, masked, args):
     log_ratio = token_mean(logps - old_logps, rollout.mask)  # (n, G)
     losses, is_cut = clipped_loss(log_ratio, rollout.advantages, args.epsilon)
     return batch_mean(losses, {"clip_fraction": is_cut}, logps, ref_logps, rollout, args)
+
+
+def espo(logps, old_logps, ref_logps, rollout, masked, args):
+    """ESPO (arXiv:2512.03759; espo_trainer.py, compute_loss): `sequence` over all L tokens, with a KL of their sums.
+
+        - 1 / completions * sum_i [ min(s_i A_i, clip(s_i, 1 - eps, 1 + eps) A_i) - beta d_ref^2 / (2 L) ],
+        s_i = exp(d_old / L),  d_old = sum_l (logps - old_logps),  d_ref = sum_l (logps - ref_logps)
+
+    Tokens behind the first EOS count too. Its advantages are G / (G - 1) times d1's.
+    """
+    log_ratio = (logps - old_logps).mean(-1)  # (n, G)
+    losses, is_cut = clipped_loss(log_ratio, rollout.advantages, args.epsilon)
+    return batch_mean(losses, {"clip_fraction": is_cut}, logps, ref_logps, rollout, args, kl_of=k2_of_sums)
 
 
 def sequence_mean(logps, old_logps, ref_logps, rollout, masked, args):
@@ -77,6 +99,12 @@ def wd1_mean(logps, old_logps, ref_logps, rollout, masked, args):
     return batch_mean(losses, {}, logps, ref_logps, rollout, args)
 
 
-OBJECTIVES = {"grpo": diffu_grpo, "sequence": sequence, "sequence_mean": sequence_mean, "wd1": wd1,
+OBJECTIVES = {"grpo": diffu_grpo, "sequence": sequence, "espo": espo, "sequence_mean": sequence_mean, "wd1": wd1,
               "wd1_mean": wd1_mean}
-PUBLISHED = {"sequence": {"epsilon": 3e-4, "beta": 0.0}, "wd1": {"beta": 0.0}}  # where a paper differs from d1
+PUBLISHED = {  # where a paper differs from d1; (objective, task) where it differs between tasks
+    "sequence": {"epsilon": 3e-4, "beta": 0.0},
+    "espo": {"epsilon": 0.2, "beta": 1e-3},
+    ("espo", "countdown"): {"epsilon": 0.0, "beta": 3e-3},  # so every gain ends where the ratio passes 1
+    ("espo", "sudoku"): {"beta": 1e-2},
+    "wd1": {"beta": 0.0},
+}
