@@ -149,6 +149,40 @@ def test_the_whole_trajectory_of_a_rollout_is_what_the_sampler_drew_from():
     torch.testing.assert_close(logps, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_the_mean_over_all_rounds_is_the_whole_trajectory():
+    """Of d1's loss, by a loop over what `trajectory` says. 6 draws are 6, 3 or 2 of each of 1, 2 or 3 rounds."""
+    numbers = generator("rounds")
+    committed_at = torch.tensor([[0, 0, 0], [1, 0, 1], [0, 1, 1], [2, 0, 1], [1, 2, 0]])[torch.arange(54) % 5]
+    advantages, old = (torch.randn(shape, generator=numbers, dtype=torch.float64) for shape in ((2, 27), (2, 27, L)))
+    counted = torch.arange(L) < torch.randint(1, L + 1, (2, 27, 1), generator=numbers)
+    rollout = make_rollout(committed_at=committed_at.view(2, 27, L), advantages=advantages, mask=counted)
+    taken = 1 + rollout.committed_at.masked_fill(~counted, 0).amax(-1)  # (2, 27), rounds of a completion
+    rounds = (torch.arange(6).view(1, 6, 1) * taken[:, None]) // 6  # (2, 6, 27)
+    logps = estimators.sampled_rounds(network, rollout, rounds, MASK)
+    args = SimpleNamespace(prompts_per_step=2, group_size=27, epsilon=0.2, beta=0.0)
+    scored = estimators.committed_alone(rollout, rounds, 6, args)
+    loss, _ = diffu_grpo(logps, old.repeat_interleave(6, dim=0), None, scored, None, args)
+    ratio = (estimators.trajectory(network, rollout, rollout.committed_at, MASK) - old).exp()
+    expected = -sum(clip_by_hand(ratio[n, i, j], advantages[n, i]) / taken[n, i] / 54
+                    for n, i, j in counted.nonzero().tolist())
+    torch.testing.assert_close(loss, expected)
+
+
+def test_rounds_are_drawn_evenly_up_to_the_last_that_counts():
+    args = parse("--estimator sampled_rounds --num_iterations 2 --masks_per_prompt 4 --prompts_per_step 300")
+    committed_at = torch.arange(9).expand(300, 6, 9)
+    mask = torch.arange(9) < torch.tensor([8, 8, 8, 3, 3, 1])[:, None]  # by completion of a group
+    rounds = estimators.draw_rounds(SimpleNamespace(committed_at=committed_at, mask=mask.expand(300, 6, 9)), 0, args,
+                                    ALONE)
+    assert rounds.shape == (2, 300, 4, 6)
+    of_all_updates = rounds.transpose(0, 1).flatten(1, 2)  # (300, 8, 6)
+    assert of_all_updates[..., :3].sort(dim=1).values.eq(torch.arange(8)[:, None]).all()  # eight of eight
+    assert not of_all_updates[..., 5].any()
+    for update in (0, 1):
+        shares = rounds[update, ..., 3:5].flatten().bincount() / 2400
+        assert shares.shape == (3,) and float((shares - 1 / 3).abs().max()) < 0.03
+
+
 @pytest.fixture
 def rollout():
     """Two prompts of unequal length with four completions each, for the reference model."""
@@ -167,13 +201,13 @@ def test_padding_neighbours_and_processes_do_not_change_the_log_probabilities(ro
     args = parse(f"--estimator {name} --group_size 4 --gen_length 5 --block_length 5 --diffusion_steps 5")
     for index in range(2):
         part = slice(index, index + 1)
-        masked = estimator.draw(rollout, 0, args, ALONE)[1, part]
+        masked = estimator.draw(rollout, 0, args, ALONE)[-1, part]
         together = estimator.log_probs(model, rollout[part], masked, MASK_ID)
         alone = rollout[part]
         alone.prompt, alone.attn_mask = (x[:, alone.attn_mask[0]] for x in (alone.prompt, alone.attn_mask))
         with_rank = Processes(index, 2, ALONE.device, ALONE.dtype)
         with_rank.sum = float  # no other process is there
-        masked = estimator.draw(alone, 0, args, with_rank)[1, 0:1]
+        masked = estimator.draw(alone, 0, args, with_rank)[-1, 0:1]
         if name != "fixed_masks":  # which are drawn for the longest prompt
             assert worst(estimator.log_probs(model, alone, masked, MASK_ID), together) < 1e-6
 
@@ -307,7 +341,7 @@ def test_the_loss_under_several_masks_is_the_mean_of_the_losses_under_each():
     rollout = rollouts[0]
     together = [torch.stack(policies, dim=1).flatten(0, 1) for policies in zip(*numbers)]  # (N * K, G, L)
     for objective in (diffu_grpo, objectives.sequence, objectives.wd1):
-        loss, stats = objective(*together, estimators.repeat_prompts(rollout, None, K), None, ARGS)
+        loss, stats = objective(*together, estimators.repeat_prompts(rollout, None, K, ARGS), None, ARGS)
         each = [objective(*policies, rollout, None, ARGS) for policies in numbers]
         torch.testing.assert_close(loss, sum(part for part, _ in each) / K)
         torch.testing.assert_close(stats["kl"], sum(stats["kl"] for _, stats in each) / K)
@@ -316,7 +350,7 @@ def test_the_loss_under_several_masks_is_the_mean_of_the_losses_under_each():
 def test_random_masks_count_hidden_tokens_alone():
     (logps, old, ref, rollout), hidden = draw_numbers(3), torch.rand(N, 1, G, L, generator=generator("hidden")) < 0.5
     counted = rollout.mask & hidden[:, 0]
-    scored = estimators.hidden_alone(rollout, estimators.CompletionMasks(hidden, None, counted.sum()), 1)
+    scored = estimators.hidden_alone(rollout, estimators.CompletionMasks(hidden, None, counted.sum()), 1, ARGS)
     ARGS.beta = 0.04
     expected, _ = diffu_grpo_loss(logps, old, ref, rollout.advantages, counted, 0.2, 0.04, counted.sum())
     torch.testing.assert_close(diffu_grpo(logps, old, ref, scored, None, ARGS)[0], expected)
@@ -352,7 +386,8 @@ def take_step(options, monkeypatch, **replaced):
     "--masks_per_prompt 2", "--estimator mask_per_completion --objective sequence_mean",
     "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1_mean",
     "--estimator coupled --objective sequence --beta 0.04 --epsilon 0.5 --cfg_scale 0.2",
-    "--estimator elbo --objective espo --epsilon 0.2", "--estimator trajectory --threshold 0.9 --cache dual"])
+    "--estimator elbo --objective espo --epsilon 0.2",
+    "--estimator sampled_rounds --masks_per_prompt 3 --beta 0.04", "--estimator trajectory --threshold 0.9 --cache dual"])
 def test_a_step_starts_at_the_reference_and_does_not_depend_on_its_parts(monkeypatch, options):
     monkeypatch.setattr(countdown, "reward", lambda text, example: {"any": len(text) % 7})
     first = take_step(f"{options} --num_iterations 1", monkeypatch)

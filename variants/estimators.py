@@ -18,7 +18,7 @@ from d1 import generator, one_step_logps
 from train_grpo import draw_prompt_masks, one_step
 
 
-def repeat_prompts(rollout, masked, K):
+def repeat_prompts(rollout, masked, K, args):
     """The rollout with every prompt K times in a row, as far as objectives look at it."""
     return replace(rollout, advantages=rollout.advantages.repeat_interleave(K, dim=0),  # (n * K, G)
                    mask=rollout.mask.repeat_interleave(K, dim=0), token_count=K * rollout.token_count)
@@ -119,9 +119,9 @@ def random_mask(policy, rollout, masks, mask_id):
     return masked_logps(policy, rollout, masks.masked, mask_id).flatten(0, 1)  # (n * K, G, L)
 
 
-def hidden_alone(rollout, masks, K):
+def hidden_alone(rollout, masks, K, args):
     """The rollout as `repeat_prompts` gives it, where only hidden tokens count."""
-    rollout = repeat_prompts(rollout, masks, K)
+    rollout = repeat_prompts(rollout, masks, K, args)
     return replace(rollout, mask=rollout.mask & masks.masked.flatten(0, 1), token_count=masks.token_count)
 
 
@@ -201,6 +201,45 @@ def trajectory(policy, rollout, snapshot, mask_id):
     return masked_logps(policy, rollout, masked, mask_id).gather(1, snapshot[:, None])[:, 0]
 
 
+def draw_rounds(rollout, step, args, procs):
+    """K of the rounds that each completion took, for each of the mu updates: (mu, N, K, G) int64.
+
+    Each is uniform over the rounds up to the last that committed a token that counts. Together they spread evenly.
+    """
+    draws = args.num_iterations * args.masks_per_prompt
+    last = rollout.committed_at.masked_fill(~rollout.mask, 0).amax(-1)  # (N, G)
+    rounds = []
+    for i, most in zip(procs.share(args.prompts_per_step, "--prompts_per_step"), last):
+        numbers = generator(args.seed, "rounds", step, i)
+        place = torch.rand(draws, args.group_size, generator=numbers).argsort(0)  # in a random order of the draws
+        share = (place + torch.rand(draws, args.group_size, generator=numbers)) / draws  # (draws, G), in [0, 1]
+        rounds.append((share.to(procs.device) * (most + 1)).long().minimum(most))
+    return torch.stack(rounds).unflatten(1, (-1, args.masks_per_prompt)).transpose(0, 1)
+
+
+def sampled_rounds(policy, rollout, rounds, mask_id):
+    """AGRPO (arXiv:2510.04019; agrpo_trainer.py, compute_loss): what sampled rounds (n, K, G) committed.
+
+    It is scored on the canvas that the sampler saw, as by `trajectory` with all snapshots: at temperature 1, where
+    AGRPO scores at the temperature of the rollouts, among the tokens of its top-p and top-k. Gives (n * K, G, L).
+    """
+    masked = rollout.committed_at[:, None] >= rounds[..., None]  # (n, K, G, L)
+    return masked_logps(policy, rollout, masked, mask_id).flatten(0, 1)
+
+
+def committed_alone(rollout, rounds, K, args):
+    """The rollout as `repeat_prompts` gives it, where only the tokens of the sampled rounds count.
+
+    token_count becomes K times the completions of the batch. So d1's objective is an unbiased estimate of a mean over
+    completions: of the mean over their rounds, of the sum over the tokens of a round. AGRPO can draw rounds by their
+    entropy too, and weigh them, to the same end.
+    """
+    is_drawn = (rollout.committed_at[:, None] == rounds[..., None]).flatten(0, 1)  # (n * K, G, L)
+    repeated = repeat_prompts(rollout, rounds, K, args)
+    completions = args.prompts_per_step * args.group_size * K
+    return replace(repeated, mask=repeated.mask & is_drawn, token_count=completions)
+
+
 Estimator = namedtuple("Estimator", "draw log_probs options scored", defaults=[repeat_prompts])
 ESTIMATORS = {  # options: those of train_grpo.py and grpo.py that an estimator reads
     "one_step": Estimator(draw_shared_masks, shared_masks, ("p_mask_prompt", "masks_per_prompt")),
@@ -211,5 +250,9 @@ ESTIMATORS = {  # options: those of train_grpo.py and grpo.py that an estimator 
     "coupled": Estimator(partial(draw_completion_masks, draw_ratio=moderate_ratio), coupled, ("masks_per_prompt",)),
     "elbo": Estimator(draw_subsets, elbo, ("masks_per_prompt",)),
     "trajectory": Estimator(draw_snapshots, trajectory, ("snapshots",)),
+    "sampled_rounds": Estimator(draw_rounds, sampled_rounds, ("masks_per_prompt",), committed_alone),
 }
-PUBLISHED = {"elbo": {"masks_per_prompt": 2}}  # where a paper differs from d1
+PUBLISHED = {  # where a paper differs from d1
+    "elbo": {"masks_per_prompt": 2},
+    "sampled_rounds": {"masks_per_prompt": 24, "num_iterations": 1, "epsilon": 0.2, "beta": 0.0},
+}

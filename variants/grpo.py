@@ -57,7 +57,7 @@ def main(args):
     estimator = ESTIMATORS[args.estimator]
 
     def objective(logps, old_logps, ref_logps, rollout, masked, args):
-        rollout = estimator.scored(rollout, masked, len(logps) // len(rollout.prompt))
+        rollout = estimator.scored(rollout, masked, len(logps) // len(rollout.prompt), args)
         return OBJECTIVES[args.objective](logps, old_logps, ref_logps, rollout, masked, args)
 
     return train_grpo.main(args, draw=estimator.draw, log_probs=estimator.log_probs, objective=objective,
