@@ -376,8 +376,9 @@ def take_step(options, monkeypatch, **replaced):
     for example in examples:
         example["ids"] = tokenizer.encode_prompt(example["prompt"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    row, _ = train_grpo.train_step(0, model, lambda: contextlib.nullcontext(embedded()[0]), optimizer, tokenizer,
-                                   examples, args, ALONE, **methods)
+    train_step = methods.pop("step") or train_grpo.train_step
+    row, _ = train_step(0, model, lambda: contextlib.nullcontext(embedded()[0]), optimizer, tokenizer, examples, args,
+                        ALONE, **methods)
     return row
 
 
@@ -387,7 +388,8 @@ def take_step(options, monkeypatch, **replaced):
     "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1_mean",
     "--estimator coupled --objective sequence --beta 0.04 --epsilon 0.5 --cfg_scale 0.2",
     "--estimator elbo --objective espo --epsilon 0.2",
-    "--estimator sampled_rounds --masks_per_prompt 3 --beta 0.04", "--estimator trajectory --threshold 0.9 --cache dual"])
+    "--estimator sampled_rounds --masks_per_prompt 3 --beta 0.04", "--estimator trajectory --threshold 0.9 --cache dual",
+    "--entropy_bound 0.5 --random_first"])
 def test_a_step_starts_at_the_reference_and_does_not_depend_on_its_parts(monkeypatch, options):
     monkeypatch.setattr(countdown, "reward", lambda text, example: {"any": len(text) % 7})
     first = take_step(f"{options} --num_iterations 1", monkeypatch)
@@ -440,6 +442,7 @@ def test_the_training_program_runs_with_a_cache_on_a_model_that_fsdp_holds(tmp_p
     ("--snapshots 3", "--snapshots would be ignored by --estimator one_step"),
     ("--estimator trajectory --masks_per_prompt 2", "--masks_per_prompt would be ignored by --estimator trajectory"),
     ("--objective wd1 --epsilon=0.5", "--epsilon would be ignored by --objective wd1"),
+    ("--random_first", "--random_first would be ignored: add --threshold or --entropy_bound"),
     ("--masks_per_prompt 0", "--masks_per_prompt and --snapshots must be at least 1"),
 ])
 def test_options_that_would_be_ignored_are_refused(options, message):

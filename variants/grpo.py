@@ -7,6 +7,7 @@
 A method of your own is a program such as this one: its functions, its options, one call of train_grpo.main.
 """
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_grpo  # noqa: E402
 from variants import estimators, objectives  # noqa: E402
 from variants.estimators import ESTIMATORS  # noqa: E402
-from variants.evaluate import add_sampler_options, check_threshold, drop_unread, pick_generate  # noqa: E402
+from variants.evaluate import add_sampler_options, check_rounds, drop_unread, pick_generate  # noqa: E402
 from variants.objectives import OBJECTIVES  # noqa: E402
 
 
@@ -41,6 +42,8 @@ def parse_args(argv=None):
                        help="see variants/objectives.py; where papers differ from d1, defaults are theirs")
     parser.set_defaults(**published(argv))
     add_sampler_options(parser)
+    parser.add_argument("--random_first", action="store_true",
+                        help="let rollouts begin at one random position; with --threshold or --entropy_bound")
     args = parser.parse_args(argv)
     if min(args.masks_per_prompt, args.snapshots) < 1:
         raise SystemExit("error: --masks_per_prompt and --snapshots must be at least 1")
@@ -48,9 +51,17 @@ def parse_args(argv=None):
     drop_unread(args, argv, unread, f"by --estimator {args.estimator}")
     if args.objective.startswith("wd1"):
         drop_unread(args, argv, ["epsilon"], f"by --objective {args.objective}")
-    check_threshold(args, argv)
+    check_rounds(args, argv)
+    if args.random_first and args.threshold is args.entropy_bound is None:
+        raise SystemExit("error: --random_first would be ignored: add --threshold or --entropy_bound, or leave it out")
     args.out = args.out or f"runs/grpo-{args.task}-{args.estimator}-{args.objective}"
     return args
+
+
+def begin_at_random(*inputs, generate, **methods):
+    """train_grpo.train_step, whose rollouts begin at one random position. Evaluations do not."""
+    generate = functools.partial(generate, random_first=True)
+    return train_grpo.train_step(*inputs, generate=generate, **methods)
 
 
 def main(args):
@@ -61,7 +72,7 @@ def main(args):
         return OBJECTIVES[args.objective](logps, old_logps, ref_logps, rollout, masked, args)
 
     return train_grpo.main(args, draw=estimator.draw, log_probs=estimator.log_probs, objective=objective,
-                           generate=pick_generate(args))
+                           generate=pick_generate(args), step=begin_at_random if args.random_first else None)
 
 
 if __name__ == "__main__":
