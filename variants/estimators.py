@@ -68,19 +68,25 @@ def mask_per_completion(policy, rollout, masked, mask_id):
 
 # ---------------------------------------------------------------- estimators of later papers
 
+def make_canvases(rollout, masked, mask_id):
+    """Rows of prompt and partly masked completion (n * S * G, T), and their attn_mask. masked (n, S, G, L) bool."""
+    n, S, G, L = masked.shape
+    prompt = rollout.prompt[:, None, None].expand(n, S, G, -1)  # (n, S, G, P)
+    completions = rollout.completions[:, None].expand(n, S, G, L)
+    rows = torch.cat([prompt, completions.masked_fill(masked, mask_id)], dim=-1).flatten(0, 2)
+    return rows, F.pad(rollout.attn_mask, (0, L), value=True).repeat_interleave(S * G, dim=0)
+
+
 def masked_logps(policy, rollout, masked, mask_id):
     """log p(o_l | q, the tokens of o that are not masked) from S canvases of each completion: (n, S, G, L).
 
     masked (n, S, G, L) bool. Only where it is True the network does not see the token that it scores.
     """
-    n, S, G, L = masked.shape
-    P = rollout.prompt.shape[1]
-    prompt = rollout.prompt[:, None, None].expand(n, S, G, P)
-    completions = rollout.completions[:, None].expand(n, S, G, L)
-    rows = torch.cat([prompt, completions.masked_fill(masked, mask_id)], dim=-1).flatten(0, 2)  # (n * S * G, T)
-    attn_mask = F.pad(rollout.attn_mask, (0, L), value=True).repeat_interleave(S * G, dim=0)  # (n * S * G, T)
-    keep = torch.arange(P, P + L, device=rows.device).expand(len(rows), L)  # the completion's positions
-    return policy(rows, attn_mask, keep, targets=completions.flatten(0, 2)).view(n, S, G, L)
+    rows, attn_mask = make_canvases(rollout, masked, mask_id)  # (n * S * G, T)
+    P, T = rollout.prompt.shape[1], rows.shape[1]
+    keep = torch.arange(P, T, device=rows.device).expand(len(rows), -1)  # the completion's positions
+    targets = rollout.completions[:, None].expand(masked.shape)
+    return policy(rows, attn_mask, keep, targets=targets.flatten(0, 2)).view(masked.shape)
 
 
 @dataclass
