@@ -198,7 +198,8 @@ def rollout():
 @torch.no_grad()
 def test_padding_neighbours_and_processes_do_not_change_the_log_probabilities(rollout, name):
     model, estimator = reference_model("llada_mha", torch.float64), estimators.ESTIMATORS[name]
-    args = parse(f"--estimator {name} --group_size 4 --gen_length 5 --block_length 5 --diffusion_steps 5")
+    options = "--objective spg" if name == "block_masks" else f"--estimator {name}"
+    args = parse(f"{options} --group_size 4 --gen_length 5 --block_length 1 --diffusion_steps 5")
     for index in range(2):
         part = slice(index, index + 1)
         masked = estimator.draw(rollout, 0, args, ALONE)[-1, part]
@@ -255,6 +256,31 @@ def test_completion_masks_have_their_rate_and_are_counted(name, low, high):
     assert drawn[2, 0:1].token_count == drawn.masked[2, ..., :150].sum()
     gaps = drawn.ratio.sort(dim=0).values.diff(dim=0)
     assert torch.allclose(gaps, torch.full_like(gaps, 0.25)) == (name == "random_mask")  # evenly over the updates
+
+
+def test_a_block_of_each_canvas_is_half_done_and_all_behind_it_hidden():
+    args = parse("--objective spg --prompts_per_step 100 --p_mask_prompt 0.2 --num_iterations 3")  # blocks of 8
+    length = torch.tensor([32, 20, 8, 1, 9, 17])
+    rollout = SimpleNamespace(mask=(torch.arange(32) < length[:, None]).expand(100, 6, 32),
+                              attn_mask=(torch.arange(40) >= 10).expand(100, 40))
+    masked = estimators.draw_block_masks(rollout, 1, args, ALONE)
+    assert masked.shape == (3, 100, 2, 6, 72) and not masked[..., :10].any()
+    assert float(masked[..., 10:40].float().mean()) == pytest.approx(0.2, abs=0.01)
+    behind = masked[..., 40:].flip(-1).int().cumprod(-1).sum(-1)  # hidden tokens at the end
+    assert (behind >= 32 - length).all()
+    for g, most in enumerate(length.tolist()):
+        hidden = masked[..., g, 40:40 + most].flatten(0, 2).float()  # (600, tokens that count)
+        assert hidden.any(-1).all()
+        starts = range(0, most, 8)
+        chance = [[0.2 if position < start else 1 if position >= min(start + 8, most) else
+                   (min(start + 8, most) - start + 1) / (2 * (min(start + 8, most) - start)) for start in starts]
+                  for position in range(most)]
+        weight = torch.bincount(torch.arange(4) % len(starts)) / 4  # of a block: those behind the end fold back
+        expected = (torch.tensor(chance) * weight).sum(-1)
+        assert float((hidden.mean(0) - expected).abs().max()) < 0.09, g
+    with pytest.raises(SystemExit, match="a completion has 4 blocks"):
+        args.masks_per_prompt = 5
+        estimators.draw_block_masks(rollout, 1, args, ALONE)
 
 
 # ---------------------------------------------------------------- objectives
@@ -347,6 +373,41 @@ def test_the_loss_under_several_masks_is_the_mean_of_the_losses_under_each():
         torch.testing.assert_close(stats["kl"], sum(stats["kl"] for _, stats in each) / K)
 
 
+def sandwich_by_hand(name, n, i, logps, old, masked, rollout, power, omega):
+    """What a completion adds to SPG's and StableDRL's gain, weights apart, and its ELBO before and now."""
+    counted = [j for j in range(L) if rollout.mask[n, i, j]]
+    hidden = [[j for j in counted if masked[n, k, i, j]] for k in range(2)]
+    low, old_low = (sum(sum(x[n, k, i, j] for j in hidden[k]) / len(hidden[k]) for k in range(2)) / 2
+                    for x in (logps, old))
+    high = [sum(logps[n, k, i, j].exp() ** power * len(counted) / len(hidden[k]) for k in range(2) if j in hidden[k])
+            for j in counted if any(j in tokens for tokens in hidden)]
+    high = sum((value / 2).log() for value in high) / len(high) / power
+    bound = low if rollout.advantages[n, i] > 0 else omega * high + (1 - omega) * low
+    return rollout.advantages[n, i] * bound * (len(counted) if name == "spg" else 1), float((low - old_low).detach())
+
+
+@pytest.mark.parametrize("name", ["spg", "stabledrl"])
+def test_bounds_and_their_gradients_are_those_of_loops(name):
+    logps, old, _, _ = zip(*map(draw_numbers, range(2)))
+    logps, old = torch.stack(logps, dim=1).detach().requires_grad_(), 3 * torch.stack(old, dim=1)  # (N, K, G, L)
+    rollout = draw_numbers(4)[-1]
+    rollout.mask[..., 0] = True
+    masked = torch.rand(N, 2, G, P + L, generator=generator("canvases")) < 0.5
+    masked[..., P] = True  # at least one that counts
+    args = SimpleNamespace(prompts_per_step=N, group_size=G, upper_power=1.5, upper_weight=0.4)
+    repeated = estimators.repeat_prompts(rollout, masked, 2, args)
+    loss, _ = objectives.OBJECTIVES[name](logps.flatten(0, 1), old.flatten(0, 1), None, repeated, masked, args)
+    expected = 0
+    for n in range(N):
+        gains, differences = zip(*(sandwich_by_hand(name, n, i, logps, old, masked[..., P:], rollout, 1.5, 0.4)
+                                   for i in range(G)))
+        weights = torch.tensor([min(math.exp(difference), 5) for difference in differences], dtype=torch.float64)
+        scale = weights / weights.sum() / N if name == "stabledrl" else torch.ones(G) / rollout.token_count
+        expected = expected - sum(gain * part for gain, part in zip(gains, scale))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logps)[0] for value in (loss, expected)))
+
+
 def test_random_masks_count_hidden_tokens_alone():
     (logps, old, ref, rollout), hidden = draw_numbers(3), torch.rand(N, 1, G, L, generator=generator("hidden")) < 0.5
     counted = rollout.mask & hidden[:, 0]
@@ -389,14 +450,14 @@ def take_step(options, monkeypatch, **replaced):
     "--estimator coupled --objective sequence --beta 0.04 --epsilon 0.5 --cfg_scale 0.2",
     "--estimator elbo --objective espo --epsilon 0.2",
     "--estimator sampled_rounds --masks_per_prompt 3 --beta 0.04", "--estimator trajectory --threshold 0.9 --cache dual",
-    "--entropy_bound 0.5 --random_first"])
+    "--entropy_bound 0.5 --random_first", "--objective spg", "--objective stabledrl"])
 def test_a_step_starts_at_the_reference_and_does_not_depend_on_its_parts(monkeypatch, options):
     monkeypatch.setattr(countdown, "reward", lambda text, example: {"any": len(text) % 7})
     first = take_step(f"{options} --num_iterations 1", monkeypatch)
-    assert first["kl"] == 0 == first.get("clip_fraction", 0) and first["grad_norm"] > 0
+    assert first.get("kl", 0) == 0 == first.get("clip_fraction", 0) and first["grad_norm"] > 0
     whole, parts = (take_step(f"{options} --microbatch {size}", monkeypatch) for size in (2, 1))
-    assert whole["kl"] > 0
-    for name in ("loss", "kl", "grad_norm"):
+    assert whole.get("kl", 1) > 0
+    for name in {"loss", "kl", "grad_norm"} & whole.keys():
         assert whole[name] == pytest.approx(parts[name], rel=1e-4, abs=1e-6), name
 
 
@@ -442,6 +503,10 @@ def test_the_training_program_runs_with_a_cache_on_a_model_that_fsdp_holds(tmp_p
     ("--snapshots 3", "--snapshots would be ignored by --estimator one_step"),
     ("--estimator trajectory --masks_per_prompt 2", "--masks_per_prompt would be ignored by --estimator trajectory"),
     ("--objective wd1 --epsilon=0.5", "--epsilon would be ignored by --objective wd1"),
+    ("--objective spg --beta 0.1", "--beta would be ignored by --objective spg"),
+    ("--upper_power 2", "--upper_power would be ignored by --objective grpo"),
+    ("--objective spg --estimator one_step", "--objective spg or stabledrl and --estimator block_masks go together"),
+    ("--estimator block_masks", "--objective spg or stabledrl and --estimator block_masks go together"),
     ("--random_first", "--random_first would be ignored: add --threshold or --entropy_bound"),
     ("--masks_per_prompt 0", "--masks_per_prompt and --snapshots must be at least 1"),
 ])
@@ -456,6 +521,10 @@ def test_a_run_records_the_options_that_it_reads_and_has_a_folder_of_its_own():
     assert args.beta == 0 and parse("--objective wd1 --beta 0.04").beta == 0.04 == parse("--objective wd1_mean").beta
     by_task = [parse(f"--objective espo --task {task}") for task in ("countdown", "sudoku", "gsm8k")]
     assert [(args.epsilon, args.beta) for args in by_task] == [(0, 3e-3), (0.2, 1e-2), (0.2, 1e-3)]
+    powers = [parse(f"--objective spg --task {task}").upper_power for task in ("countdown", "sudoku")]
+    assert powers == [1.5, 1.0] and parse("--objective stabledrl").estimator == "block_masks"
+    assert (parse("--objective espo").estimator, parse("--objective espo --estimator one_step").masks_per_prompt) == (
+        "elbo", 1)
     assert parse("--estimator elbo").masks_per_prompt == 2 and parse("--estimator=elbo").epsilon == 0.5
     assert (parse("--objective sequence").epsilon, parse("--objective sequence_mean").epsilon) == (3e-4, 0.5)
     assert args.out == "runs/grpo-countdown-trajectory-wd1" and args.diffusion_steps == 24 and args.snapshots == 4

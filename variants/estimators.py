@@ -4,7 +4,7 @@ An estimator is a `draw` and a `log_probs` for train_grpo.main, see train_grpo.t
 prompt under K masks gives (n * K, G, L), and `scored` brings the rollout into the same shape for the objective.
 
 Those of later papers show the network a part of the completion. So a row of the network serves one completion: they
-cost G times as much as d1's and more. As in the papers, no token of the prompt is hidden.
+cost G times as much as d1's and more. As in the papers, no token of the prompt is hidden but by block_masks.
 """
 import argparse
 from collections import namedtuple
@@ -69,24 +69,28 @@ def mask_per_completion(policy, rollout, masked, mask_id):
 # ---------------------------------------------------------------- estimators of later papers
 
 def make_canvases(rollout, masked, mask_id):
-    """Rows of prompt and partly masked completion (n * S * G, T), and their attn_mask. masked (n, S, G, L) bool."""
-    n, S, G, L = masked.shape
-    prompt = rollout.prompt[:, None, None].expand(n, S, G, -1)  # (n, S, G, P)
-    completions = rollout.completions[:, None].expand(n, S, G, L)
-    rows = torch.cat([prompt, completions.masked_fill(masked, mask_id)], dim=-1).flatten(0, 2)
-    return rows, F.pad(rollout.attn_mask, (0, L), value=True).repeat_interleave(S * G, dim=0)
+    """Rows of prompt and completion (n * S * G, T), partly masked, and their attn_mask.
+
+    masked bool, of the completion (n, S, G, L) or of the whole row (n, S, G, T).
+    """
+    n, S, G, width = masked.shape
+    P, L = rollout.prompt.shape[1], rollout.completions.shape[-1]
+    prompt = rollout.prompt[:, None, None].expand(n, S, G, P)
+    rows = torch.cat([prompt, rollout.completions[:, None].expand(n, S, G, L)], dim=-1)  # (n, S, G, T)
+    rows = rows.masked_fill(F.pad(masked, (P + L - width, 0)), mask_id)
+    return rows.flatten(0, 2), F.pad(rollout.attn_mask, (0, L), value=True).repeat_interleave(S * G, dim=0)
 
 
 def masked_logps(policy, rollout, masked, mask_id):
     """log p(o_l | q, the tokens of o that are not masked) from S canvases of each completion: (n, S, G, L).
 
-    masked (n, S, G, L) bool. Only where it is True the network does not see the token that it scores.
+    masked as in `make_canvases`. Only where it is True the network does not see the token that it scores.
     """
     rows, attn_mask = make_canvases(rollout, masked, mask_id)  # (n * S * G, T)
     P, T = rollout.prompt.shape[1], rows.shape[1]
     keep = torch.arange(P, T, device=rows.device).expand(len(rows), -1)  # the completion's positions
-    targets = rollout.completions[:, None].expand(masked.shape)
-    return policy(rows, attn_mask, keep, targets=targets.flatten(0, 2)).view(masked.shape)
+    targets = rollout.completions[:, None].expand(*masked.shape[:-1], -1)  # (n, S, G, L)
+    return policy(rows, attn_mask, keep, targets=targets.flatten(0, 2)).view(targets.shape)
 
 
 @dataclass
@@ -246,6 +250,42 @@ def committed_alone(rollout, rounds, K, args):
     return replace(repeated, mask=repeated.mask & is_drawn, token_count=completions)
 
 
+def draw_block_masks(rollout, step, args, procs):
+    """What SPG hides of each row in K canvases, for each of the mu updates: (mu, N, K, G, T) bool.
+
+    In every canvas a block of the completion is half done: of its m tokens that count 1 to m are hidden, and all
+    behind. What stands before it, the prompt too, is hidden with probability p_mask_prompt.
+    """
+    K, size, L = args.masks_per_prompt, args.block_length, args.gen_length
+    if K > L // size:
+        raise SystemExit(f"error: --masks_per_prompt {K}: a completion has {L // size} blocks, one for each canvas")
+    mu, G, position, masks = args.num_iterations, args.group_size, torch.arange(L), []
+    places = procs.share(args.prompts_per_step, "--prompts_per_step")
+    for i, mask, is_real in zip(places, rollout.mask.cpu(), rollout.attn_mask.cpu()):  # (G, L) and (P,)
+        numbers = generator(args.seed, "block mask", step, i)
+        length = mask.sum(-1)  # (G,)
+        blocks = torch.rand(mu, G, L // size, generator=numbers).argsort(-1)[..., :K]  # (mu, G, K), all unlike
+        start = size * (blocks.transpose(1, 2) % ((length - 1) // size + 1))[..., None]  # (mu, K, G, 1)
+        end = (start + size).minimum(length[:, None])
+        count = 1 + (torch.rand(mu, K, G, 1, generator=numbers) * (end - start)).long()  # of 1 to m
+        inside = (start <= position) & (position < end)  # (mu, K, G, L)
+        draws = torch.rand(mu, K, G, L, generator=numbers)
+        place = draws.masked_fill(~inside, 2).argsort(-1).argsort(-1)  # those of the block come first
+        masked = (position >= end) | inside & (place < count) | (position < start) & (draws < args.p_mask_prompt)
+        prompt = torch.zeros(mu, K, G, len(is_real), dtype=torch.bool)
+        prompt[..., is_real] = torch.rand(mu, K, G, int(is_real.sum()), generator=numbers) < args.p_mask_prompt
+        masks.append(torch.cat([prompt, masked], dim=-1))
+    return torch.stack(masks, dim=1).to(procs.device)
+
+
+def block_masks(policy, rollout, masked, mask_id):
+    """SPG (arXiv:2510.09541; spg_trainer.py, forward_process "block_random"): (n * K, G, L) from canvases (n, K, G, T).
+
+    They look as the sampler's do between two rounds. `spg` and `stabledrl` in objectives.py make bounds of them.
+    """
+    return masked_logps(policy, rollout, masked, mask_id).flatten(0, 1)
+
+
 Estimator = namedtuple("Estimator", "draw log_probs options scored", defaults=[repeat_prompts])
 ESTIMATORS = {  # options: those of train_grpo.py and grpo.py that an estimator reads
     "one_step": Estimator(draw_shared_masks, shared_masks, ("p_mask_prompt", "masks_per_prompt")),
@@ -256,9 +296,11 @@ ESTIMATORS = {  # options: those of train_grpo.py and grpo.py that an estimator 
     "coupled": Estimator(partial(draw_completion_masks, draw_ratio=moderate_ratio), coupled, ("masks_per_prompt",)),
     "elbo": Estimator(draw_subsets, elbo, ("masks_per_prompt",)),
     "trajectory": Estimator(draw_snapshots, trajectory, ("snapshots",)),
+    "block_masks": Estimator(draw_block_masks, block_masks, ("p_mask_prompt", "masks_per_prompt")),
     "sampled_rounds": Estimator(draw_rounds, sampled_rounds, ("masks_per_prompt",), committed_alone),
 }
 PUBLISHED = {  # where a paper differs from d1
     "elbo": {"masks_per_prompt": 2},
+    "block_masks": {"masks_per_prompt": 2},
     "sampled_rounds": {"masks_per_prompt": 24, "num_iterations": 1, "epsilon": 0.2, "beta": 0.0},
 }

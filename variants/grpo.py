@@ -28,7 +28,8 @@ def published(argv):
     chosen, _ = glance.parse_known_args(argv)
     by_objective = objectives.PUBLISHED.get(chosen.objective, {})
     by_task = objectives.PUBLISHED.get((chosen.objective, chosen.task), {})
-    return estimators.PUBLISHED.get(chosen.estimator, {}) | by_objective | by_task
+    estimator = chosen.estimator or by_objective.get("estimator")
+    return estimators.PUBLISHED.get(estimator, {}) | by_objective | by_task
 
 
 def parse_args(argv=None):
@@ -40,6 +41,8 @@ def parse_args(argv=None):
     group.add_argument("--snapshots", type=int, default=4, help="of a rollout, for --estimator trajectory")
     group.add_argument("--objective", choices=OBJECTIVES, default="grpo",
                        help="see variants/objectives.py; where papers differ from d1, defaults are theirs")
+    group.add_argument("--upper_power", type=float, default=1.5, help="of SPG's upper bound, beta in its paper")
+    group.add_argument("--upper_weight", type=float, default=0.5, help="of SPG's upper bound, omega in its paper")
     parser.set_defaults(**published(argv))
     add_sampler_options(parser)
     parser.add_argument("--random_first", action="store_true",
@@ -49,8 +52,11 @@ def parse_args(argv=None):
         raise SystemExit("error: --masks_per_prompt and --snapshots must be at least 1")
     unread = {"p_mask_prompt", "masks_per_prompt", "snapshots"} - set(ESTIMATORS[args.estimator].options)
     drop_unread(args, argv, unread, f"by --estimator {args.estimator}")
-    if args.objective.startswith("wd1"):
-        drop_unread(args, argv, ["epsilon"], f"by --objective {args.objective}")
+    if (args.objective in ("spg", "stabledrl")) != (args.estimator == "block_masks"):
+        raise SystemExit("error: --objective spg or stabledrl and --estimator block_masks go together: name both or none")
+    unread = objectives.ALL_OPTIONS.difference(objectives.OPTIONS.get(args.objective, ("epsilon", "beta")))
+    drop_unread(args, argv, unread, f"by --objective {args.objective}")
+    args.beta = getattr(args, "beta", 0.0)  # which train_grpo looks at
     check_rounds(args, argv)
     if args.random_first and args.threshold is args.entropy_bound is None:
         raise SystemExit("error: --random_first would be ignored: add --threshold or --entropy_bound, or leave it out")
