@@ -41,16 +41,18 @@ def drop_unread(args, argv, options, reason):
 
 def check_rounds(args, argv):
     """Let --threshold or --entropy_bound take the place of --diffusion_steps, which they ignore."""
-    named = [name for name in ("threshold", "entropy_bound") if getattr(args, name) is not None]
+    named = {"threshold": args.threshold, "entropy_bound": getattr(args, "entropy_bound", None)}
+    named = {name: value for name, value in named.items() if value is not None}
     if not named:
         return
     if len(named) > 1:
         raise SystemExit("error: --threshold and --entropy_bound do not combine: leave one out")
-    if args.threshold is not None and not 0 < args.threshold <= 1:
-        raise SystemExit(f"error: --threshold {args.threshold} must lie in (0, 1]: it is a probability")
-    if args.entropy_bound is not None and args.entropy_bound < 0:
-        raise SystemExit(f"error: --entropy_bound {args.entropy_bound} must be at least 0: it is a sum of entropies")
-    drop_unread(args, argv, ["diffusion_steps"], f"with --{named[0]}")
+    [(name, value)] = named.items()
+    if name == "threshold" and not 0 < value <= 1:
+        raise SystemExit(f"error: --threshold {value} must lie in (0, 1]: it is a probability")
+    if value < 0:
+        raise SystemExit(f"error: --entropy_bound {value} must be at least 0: it is a sum of entropies")
+    drop_unread(args, argv, ["diffusion_steps"], f"with --{name}")
     args.diffusion_steps = args.gen_length  # the most rounds that can be needed
 
 

@@ -9,9 +9,11 @@ which keeps the memory constant. There is one update per rollout and no KL term,
     - 1 / (L * completions of unequal groups) * sum_i A_i sum_t log p(o_t | q, o_<t, M...M),   A = (r - mean) / (std + 1e-4)
 
 JustGRPO trains on the tokens behind EOS too; here they were not sampled. Its group has 16 completions, its learning
-rate is 1.7 times d1's. Evaluations commit the most confident token of a block first, as in d1.
+rate is 1.7 times d1's. Evaluations commit the most confident token of a block first, as in d1, or those above a
+threshold.
 """
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -21,8 +23,9 @@ import torch  # noqa: E402
 
 import train_grpo  # noqa: E402
 from parallel import clip_and_step, gathered  # noqa: E402
+from variants import fast_dllm  # noqa: E402
 from variants.estimators import make_canvases  # noqa: E402
-from variants.evaluate import drop_unread  # noqa: E402
+from variants.evaluate import check_rounds, drop_unread  # noqa: E402
 
 UNREAD = "num_iterations p_mask_prompt epsilon beta".split()
 
@@ -37,11 +40,11 @@ def score_positions(policy, rollout, positions, mask_id):
     return policy(rows, attn_mask, keep, targets=targets.reshape(-1, 1)).view(n, -1, G)
 
 
-def train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, *, generate, **unused):
+def train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, **unused):
     """In the place of train_grpo.train_step: one rollout and one update. Returns a row of metrics, and sample rows."""
     left_to_right = argparse.Namespace(**{**vars(args), "block_length": 1, "diffusion_steps": args.gen_length})
     with torch.no_grad(), gathered(model), procs.stoppable():
-        rollout, rows = train_grpo.roll_out(step, model, tokenizer, examples, left_to_right, procs, generate)
+        rollout, rows = train_grpo.roll_out(step, model, tokenizer, examples, left_to_right, procs)
     spread = rollout.advantages.std(-1, keepdim=True)  # (N, 1), of the rewards
     rollout.advantages = rollout.advantages / (spread + 1e-4)  # (N, G)
     teaching = procs.sum((spread > 1e-6).sum()) * args.group_size  # completions
@@ -68,10 +71,12 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
 def parse_args(argv=None):
     parser = train_grpo.new_parser(argv)
     parser.add_argument("--positions_per_pass", type=int, default=8, help="in a forward and backward pass")
+    parser.add_argument("--threshold", type=float, help="for evaluations, see variants/fast_dllm.py")
     parser.set_defaults(temperature=1.0, grad_clip=1.0, weight_decay=0.0)
     args = parser.parse_args(argv)
     if args.positions_per_pass < 1:
         raise SystemExit("error: --positions_per_pass must be at least 1")
+    check_rounds(args, argv)
     drop_unread(args, argv, UNREAD, "by JustGRPO")
     args.beta = 0.0  # train_grpo.main looks at it
     args.out = args.out or f"runs/just_grpo-{args.task}"
@@ -79,7 +84,10 @@ def parse_args(argv=None):
 
 
 def main(args):
-    return train_grpo.main(args, step=train_step)
+    generate = train_grpo.generate
+    if args.threshold:
+        generate = functools.partial(fast_dllm.generate, threshold=args.threshold)
+    return train_grpo.main(args, step=train_step, generate=generate)
 
 
 if __name__ == "__main__":
