@@ -90,7 +90,7 @@ def test_coupled_masks_score_every_token_with_its_weight():
 
 
 def test_the_expectation_of_the_elbo_is_the_mean_of_the_chain_rule_over_all_orders():
-    """Every subset has the probability 1 / ((L + 1) (L over its size)). Gradients of empty and full ones are finite."""
+    """Every subset has the probability 1 / ((L + 1) (L over its size)). Gradients of empty ones are finite."""
     one = torch.ones((), requires_grad=True)
     expected = sum(by_hand(lambda o, i, order=order: hide(o, [when >= order[i] for when in order])).sum(-1)
                    for order in itertools.permutations(range(L))) / math.factorial(L)
@@ -449,7 +449,8 @@ def take_step(options, monkeypatch, **replaced):
     "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1_mean",
     "--estimator coupled --objective sequence --beta 0.04 --epsilon 0.5 --cfg_scale 0.2",
     "--estimator elbo --objective espo --epsilon 0.2",
-    "--estimator sampled_rounds --masks_per_prompt 3 --beta 0.04", "--estimator trajectory --threshold 0.9 --cache dual",
+    "--estimator sampled_rounds --masks_per_prompt 3 --beta 0.04",
+    "--estimator trajectory --threshold 0.9 --cache dual",
     "--entropy_bound 0.5 --random_first", "--objective spg", "--objective stabledrl"])
 def test_a_step_starts_at_the_reference_and_does_not_depend_on_its_parts(monkeypatch, options):
     monkeypatch.setattr(countdown, "reward", lambda text, example: {"any": len(text) % 7})
@@ -504,6 +505,7 @@ def test_the_training_program_runs_with_a_cache_on_a_model_that_fsdp_holds(tmp_p
     ("--estimator trajectory --masks_per_prompt 2", "--masks_per_prompt would be ignored by --estimator trajectory"),
     ("--objective wd1 --epsilon=0.5", "--epsilon would be ignored by --objective wd1"),
     ("--objective spg --beta 0.1", "--beta would be ignored by --objective spg"),
+    ("--objective espo --estimator random_mask", "--objective espo counts all tokens, --estimator random"),
     ("--upper_power 2", "--upper_power would be ignored by --objective grpo"),
     ("--objective spg --estimator one_step", "--objective spg or stabledrl and --estimator block_masks go together"),
     ("--estimator block_masks", "--objective spg or stabledrl and --estimator block_masks go together"),

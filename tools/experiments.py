@@ -51,7 +51,7 @@ EXPERIMENTS = {
     },
     "two_by_two": {  # of ESPO's paper: ratio, and what it is read from
         "token, one step": [MEASURED],
-        "token, ELBO": [MEASURED + " --estimator elbo"],
+        "token, ELBO": [MEASURED + " --estimator elbo --beta 0"],  # k3 of weighted tokens overflows sooner or later
         "sequence, one step": [MEASURED + " --objective espo --estimator one_step"],
         "sequence, ELBO": [MEASURED + " --objective espo"],
     },

@@ -1,4 +1,5 @@
-"""What Fast-dLLM's cache and threshold, and EB-Sampler's entropy bound, cost and gain, on the embedded model and held-out problems.
+"""What Fast-dLLM's cache and threshold, and EB-Sampler's entropy bound, cost and gain: embedded model,
+held-out problems.
 
     python tools/fast_table.py                     512 problems of countdown and sudoku, at temperature 0 and 0.9
     python tools/fast_table.py --json FILE         and write it

@@ -279,7 +279,7 @@ def draw_block_masks(rollout, step, args, procs):
 
 
 def block_masks(policy, rollout, masked, mask_id):
-    """SPG (arXiv:2510.09541; spg_trainer.py, forward_process "block_random"): (n * K, G, L) from canvases (n, K, G, T).
+    """SPG (arXiv:2510.09541; spg_trainer.py, forward_process "block_random"): canvases (n, K, G, T) -> (n * K, G, L).
 
     They look as the sampler's do between two rounds. `spg` and `stabledrl` in objectives.py make bounds of them.
     """

@@ -53,7 +53,9 @@ def parse_args(argv=None):
     unread = {"p_mask_prompt", "masks_per_prompt", "snapshots"} - set(ESTIMATORS[args.estimator].options)
     drop_unread(args, argv, unread, f"by --estimator {args.estimator}")
     if (args.objective in ("spg", "stabledrl")) != (args.estimator == "block_masks"):
-        raise SystemExit("error: --objective spg or stabledrl and --estimator block_masks go together: name both or none")
+        raise SystemExit("error: --objective spg or stabledrl and --estimator block_masks go together: name both")
+    if args.objective == "espo" and ESTIMATORS[args.estimator].scored is not estimators.repeat_prompts:
+        raise SystemExit(f"error: --objective espo counts all tokens, --estimator {args.estimator} only some")
     unread = objectives.ALL_OPTIONS.difference(objectives.OPTIONS.get(args.objective, ("epsilon", "beta")))
     drop_unread(args, argv, unread, f"by --objective {args.objective}")
     args.beta = getattr(args, "beta", 0.0)  # which train_grpo looks at

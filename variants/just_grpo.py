@@ -6,7 +6,8 @@ A rollout commits one token a round, the first that is masked. So log pi(o | q) 
 M...M): one row of the network for every token. Each pass scores a few positions and has a backward pass of its own,
 which keeps the memory constant. There is one update per rollout and no KL term, so the ratio is 1 and the clip inert:
 
-    - 1 / (L * completions of unequal groups) * sum_i A_i sum_t log p(o_t | q, o_<t, M...M),   A = (r - mean) / (std + 1e-4)
+    - 1 / (L * completions of unequal groups) * sum_i A_i sum_t log p(o_t | q, o_<t, M...M),
+    A = (r - mean) / (std + 1e-4)
 
 JustGRPO trains on the tokens behind EOS too; here they were not sampled. Its group has 16 completions, its learning
 rate is 1.7 times d1's. Evaluations commit the most confident token of a block first, as in d1, or those above a
@@ -49,7 +50,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
     rollout.advantages = rollout.advantages / (spread + 1e-4)  # (N, G)
     teaching = procs.sum((spread > 1e-6).sum()) * args.group_size  # completions
     lengths = procs.gather([int(rollout.mask.sum(-1).max())])
-    positions = torch.arange(max(lengths), device=procs.device).split(args.positions_per_pass)  # on all processes alike
+    positions = torch.arange(max(lengths), device=procs.device).split(args.positions_per_pass)  # on all ranks alike
 
     total = 0.0
     for start in range(0, len(rollout.prompt), args.microbatch):

@@ -1,6 +1,7 @@
 """Objectives that stand in the place of train_grpo.diffu_grpo, with the same arguments.
 
-Each but spg is a mean over completions, where diffu_grpo is a mean over tokens. Shapes: n prompts, G completions of L tokens.
+Each but spg is a mean over completions, where diffu_grpo is a mean over tokens. Shapes: n prompts, G completions of L
+tokens.
 """
 import math
 
@@ -107,7 +108,7 @@ def sandwich(logps, rollout, masked, args):
         lower = mean_k mean_l log p_kl,  over the hidden tokens of canvas k that count: a share T_k of those that count
         upper = 1 / power * mean_l log mean_k [ p_kl^power / T_k, 0 where k does not hide l ],  over tokens hidden once
 
-    The second is lower for rewards above the mean of the group, else upper_weight * upper + (1 - upper_weight) * lower.
+    The second is lower where A > 0, else upper_weight * upper + (1 - upper_weight) * lower.
     """
     K, L = masked.shape[1], logps.shape[-1]
     logps, counted = logps.unflatten(0, (-1, K)), rollout.mask.unflatten(0, (-1, K))  # (n, K, G, L)
