@@ -9,9 +9,10 @@ import train_grpo
 import train_sft
 
 from tools import experiments, scaling, variance
-from variants import grpo
+from variants import grpo, just_grpo
 
-PARSERS = {"train_grpo.py": train_grpo, "variants/grpo.py": grpo, "train_sft.py": train_sft, "sample.py": sample}
+PARSERS = {"train_grpo.py": train_grpo, "variants/grpo.py": grpo, "variants/just_grpo.py": just_grpo,
+           "train_sft.py": train_sft, "sample.py": sample}
 PLANS = [experiments.resolve(commands, task, seed) for rows in experiments.EXPERIMENTS.values()
          for commands in rows.values() for task in experiments.TASKS for seed in (0, 1)]
 
@@ -45,6 +46,7 @@ def write_training(out, seconds, seed):
             minutes += 7.0
             rows.append({"step": step, "held_out_greedy_accuracy": 1.0, "minutes": minutes})
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "summary.json").write_text(json.dumps({"greedy_after": seed / 4} if seconds == 4 else {}))
 
 
 def test_trainings_are_collected_over_seeds_and_compared_in_equal_time(tmp_path, monkeypatch):
@@ -60,6 +62,13 @@ def test_trainings_are_collected_over_seeds_and_compared_in_equal_time(tmp_path,
     assert base["mean"]["accuracy in equal time"] == base["mean"]["accuracy"] == pytest.approx(18 / 20)
     assert slow["mean"]["seconds"] == pytest.approx(4)  # without the evaluation
     assert slow["mean"]["accuracy in equal time"] == pytest.approx(8 / 20)  # after half of its steps
+    assert slow["values"]["held-out greedy"] == [0, 0.25] and "held-out greedy" not in base["mean"]
+
+
+def test_a_dear_row_runs_on_the_first_task_alone():
+    assert experiments.tasks_of("JustGRPO", experiments.TASKS) == ["countdown"]
+    assert experiments.tasks_of("ESPO", experiments.TASKS) == list(experiments.TASKS)
+    assert all(any(row in rows for rows in experiments.EXPERIMENTS.values()) for row in experiments.DEAR)
 
 
 def test_evaluations_of_a_row_are_collected_by_length(tmp_path, monkeypatch):

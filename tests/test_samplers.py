@@ -115,7 +115,7 @@ def test_noise_in_bfloat16_cuts_the_tail_and_nothing_else():
 
 @torch.no_grad()
 def fill_by_hand(model, x, attn_mask, noise, *, mask_id, eos_id, gen_length, diffusion_steps, block_length,
-                 temperature, cache, threshold):
+                 temperature, cache, threshold, entropy_bound, random_first):
     """One row by loops, where every round computes the whole canvas and hooks put back what a cache would keep.
 
     x (P,), attn_mask (P,), noise (steps, block_length). Returns ids and committed_at, lists of T numbers.
@@ -143,6 +143,14 @@ def fill_by_hand(model, x, attn_mask, noise, *, mask_id, eos_id, gen_length, dif
             ranked = sorted(masked, key=lambda i: -logits[i].softmax(-1)[tokens[i]])
             if threshold:
                 count = max(1, sum(float(logits[i].softmax(-1)[tokens[i]]) > threshold for i in masked))
+            if entropy_bound:
+                entropies = {i: float(torch.distributions.Categorical(logits=logits[i]).entropy()) for i in masked}
+                ranked = sorted(masked, key=entropies.get)
+                h = [entropies[i] for i in ranked]
+                count = max([n for n in range(1, len(h) + 1) if sum(h[:n]) - max(h[:n]) <= entropy_bound], default=0)
+            if random_first and step == 0:
+                bits = [int(number * 2 ** 53) % 2 ** 27 for number in noise[0].double()]
+                ranked, count = [masked[bits.index(max(bits))]], 1
             for i in ranked[:count]:
                 x[i], committed_at[i] = tokens[i], taken
             step, taken = step + 1, taken + bool(masked)
@@ -159,17 +167,19 @@ def cached_model(name):
     return LLaDA.from_pretrained("data/tiny" if name == "tiny" else GOLDEN / name, dtype=torch.float64).eval()
 
 
-@pytest.mark.parametrize("name, temperature, threshold", [
-    ("tiny", 0.9, 0.9), ("tiny", 0.0, None), ("llada_gqa", 0.9, None), ("llada_gqa", 0.0, 0.3)])
+@pytest.mark.parametrize("name, temperature, threshold, entropy_bound, random_first", [
+    ("tiny", 0.9, 0.9, None, False), ("tiny", 0.0, None, None, False), ("llada_gqa", 0.9, None, None, False),
+    ("llada_gqa", 0.0, 0.3, None, True), ("tiny", 0.9, None, 0.5, True), ("llada_gqa", 0.9, None, 13.0, False)])
 @pytest.mark.parametrize("cache", [None, "prefix", "dual"])
-def test_every_row_of_a_batch_equals_the_row_by_hand(name, temperature, threshold, cache):
+def test_every_row_of_a_batch_equals_the_row_by_hand(name, temperature, threshold, entropy_bound, random_first, cache):
     model, tokenizer = cached_model(name), embedded()[1]
     prompts = [[5] * 3, [6, 7] * 3, [8] * 9]
     if name == "tiny":
         prompts = [tokenizer.encode_prompt(text) for text in ("Hi", *PUZZLES[:2])]
     prompt, attn_mask = pad_left(prompts, 0, "cpu")
     options = dict(mask_id=model.config.mask_token_id, eos_id=model.config.eos_token_id, gen_length=16, block_length=8,
-                   diffusion_steps=16 if threshold else 8, temperature=temperature, cache=cache, threshold=threshold)
+                   diffusion_steps=16 if threshold or entropy_bound else 8, temperature=temperature, cache=cache,
+                   threshold=threshold, entropy_bound=entropy_bound, random_first=random_first)
     noise = draw_noise([(3, i) for i in range(3)], options["diffusion_steps"], 8)
     ids, committed_at = fast_dllm.generate(model, prompt, attn_mask, noise, **options)
     rounds = []
@@ -178,7 +188,7 @@ def test_every_row_of_a_batch_equals_the_row_by_hand(name, temperature, threshol
         assert (ids[row].tolist(), committed_at[row].tolist()) == expected
         rounds.append(len(set(expected[1])))
         assert set(expected[1][len(prompt[0]):]) == set(range(rounds[-1] - 1))  # numbered without gaps, and -1
-    assert not threshold or max(rounds) < 16  # several tokens in a round
+    assert not (threshold or entropy_bound) or max(rounds) < 16  # several tokens in a round
 
 
 def test_a_threshold_that_nothing_exceeds_commits_one_token_a_round():
@@ -221,7 +231,10 @@ def test_an_evaluation_does_not_depend_on_its_batches(tmp_path, options):
     ("--threshold 2", "--threshold 2.0 must lie in (0, 1]"),
     ("--threshold 0", "--threshold 0.0 must lie in (0, 1]"),
     ("--threshold 0.9 --diffusion_steps=8", "--diffusion_steps would be ignored with --threshold"),
-    ("--cache dual --cfg_scale 1", "--threshold and --cache do not combine"),
+    ("--entropy_bound -1", "--entropy_bound -1.0 must be at least 0"),
+    ("--entropy_bound 1 --diffusion_steps 8", "--diffusion_steps would be ignored with --entropy_bound"),
+    ("--entropy_bound 1 --threshold 0.9", "--threshold and --entropy_bound do not combine"),
+    ("--cache dual --cfg_scale 1", "--entropy_bound, --cache do not combine with LLaDA's sampler"),
     ("--random_remasking --confidence_eos_eot_inf", "--confidence_eos_eot_inf would be ignored"),
 ])
 def test_options_that_would_be_ignored_are_refused(options, message):

@@ -23,6 +23,7 @@ TASKS = ("countdown", "sudoku")
 LAST = 5  # a training's result is the mean over its last steps
 GRPO = "--task {task} --seed {seed} --eval_count 0 --prompts_per_step 8"  # half the default
 SHORT = f"variants/grpo.py {GRPO} --threshold 0.9"  # learns as well in half the time, see the samplers
+MEASURED = SHORT.replace("--eval_count 0", "--eval_count 256 --eval_every 0")  # held-out problems, at the end
 SFT = ("train_sft.py --task countdown sudoku --split corrected --count 500 --steps 80 --batch_size 32 --lr 1e-4 "
        "--warmup 0 --seed {seed}")
 
@@ -48,10 +49,32 @@ EXPERIMENTS = {
         "wd1": [SHORT + " --objective wd1"],
         "wd1, mean, d1's beta": [SHORT + " --objective wd1_mean --beta 0.04"],
     },
+    "two_by_two": {  # of ESPO's paper: ratio, and what it is read from
+        "token, one step": [MEASURED],
+        "token, ELBO": [MEASURED + " --estimator elbo --beta 0"],  # k3 of weighted tokens overflows sooner or later
+        "sequence, one step": [MEASURED + " --objective espo --estimator one_step"],
+        "sequence, ELBO": [MEASURED + " --objective espo"],
+    },
+    "methods": {  # as published, see PUBLISHED in variants/estimators.py and objectives.py
+        "diffu-GRPO": [MEASURED],
+        "wd1": [MEASURED + " --objective wd1"],
+        "GSPO": [MEASURED + " --objective sequence"],
+        "UniGRPO": [MEASURED + " --estimator random_mask"],
+        "coupled-GRPO": [MEASURED + " --estimator coupled"],
+        "StepMerge": [MEASURED + " --estimator trajectory"],
+        "AGRPO": [MEASURED + " --estimator sampled_rounds --masks_per_prompt 4"],  # 24 of 128 rounds; here of some 20
+        "ESPO": [MEASURED + " --objective espo"],
+        "SPG": [MEASURED + " --objective spg"],
+        "StableDRL": [MEASURED + " --objective stabledrl"],
+        "JustGRPO": [MEASURED.replace("grpo.py", "just_grpo.py")],
+    },
     "samplers": {
         "exact": [f"train_grpo.py {GRPO}"],
         "threshold": [SHORT],
         "threshold and cache": [SHORT + " --cache dual"],
+        "threshold, random first": [SHORT + " --random_first"],
+        "entropy bound": [f"variants/grpo.py {GRPO} --entropy_bound 0.5"],
+        "entropy bound, random first": [f"variants/grpo.py {GRPO} --entropy_bound 0.5 --random_first"],
     },
     "ablations": {  # the telling rows first
         "as default": [SHORT],
@@ -64,6 +87,13 @@ EXPERIMENTS = {
         "Gumbel in bfloat16": [SHORT + " --gumbel_bfloat16"],
     },
 }
+
+DEAR = {"JustGRPO"}  # rows that run on the first task alone
+
+
+def tasks_of(row, tasks):
+    """The tasks on which a row runs."""
+    return [task for task in tasks if row not in DEAR or task == TASKS[0]]
 
 
 # ---------------------------------------------------------------- running
@@ -127,11 +157,18 @@ def read_evaluation(out):
 
 
 def read_training(out):
-    """Reward and accuracy of a training's last rollouts, its median seconds a step, and its curve of accuracy."""
+    """Reward and accuracy of a training's last rollouts, its median seconds a step, and its curve of accuracy.
+
+    And the greedy accuracy on held-out problems after it, where it was measured.
+    """
     lines = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in lines if "loss" in row]  # the other lines are evaluations, the first of them before step 1
     seconds = [60 * (row["minutes"] - before["minutes"]) for before, row in zip(lines, lines[1:]) if "loss" in row]
     result = {name: statistics.mean(row[name] for row in steps[-LAST:]) for name in ("reward", "accuracy")}
+    summary = ROOT / out / "summary.json"
+    after = json.loads(summary.read_text()) if summary.exists() else {}
+    if "greedy_after" in after:
+        result["held-out greedy"] = after["greedy_after"]
     return {**result, "seconds": statistics.median(seconds), "curve": [round(row["accuracy"], 4) for row in steps]}
 
 
@@ -155,12 +192,12 @@ def add_equal_time(values, first_seconds):
 def collect(rows, tasks, seeds):
     """[{row, task, commands, values: {name: a number per seed}, mean, spread}], spread the sample standard deviation.
 
-    Of a training: reward and accuracy of the rollouts over its last steps, "seconds" of the median step of all seeds,
-    and the accuracy in equal time.
+    Of a training: reward and accuracy of the rollouts over its last steps, the held-out greedy accuracy if measured,
+    "seconds" of the median step of all seeds, and the accuracy in equal time.
     """
     collected, first_seconds = [], {}
     for label, commands in rows.items():
-        for task in tasks:
+        for task in tasks_of(label, tasks):
             results = [read_result(resolve(commands, task, seed)) for seed in seeds]
             values = {name: [result[name] for result in results] for name in results[0]}
             if "curve" in values:
@@ -201,7 +238,8 @@ def main(args):
         raise SystemExit(f"error: --rows {' '.join(unknown)}: choose from {', '.join(all_rows)}")
     rows = {row: all_rows[row] for row in args.rows or all_rows}
     tasks = args.tasks or (("countdown",) if args.experiment in ("ablations", "samplers") else TASKS)
-    plans = [resolve(commands, task, seed) for commands in rows.values() for task in tasks for seed in args.seeds]
+    plans = [resolve(commands, task, seed) for row, commands in rows.items() for task in tasks_of(row, tasks)
+             for seed in args.seeds]
     run_all(plans, args.jobs)
     collected = collect(rows, tasks, args.seeds)
     show(collected)

@@ -1,4 +1,5 @@
-"""What Fast-dLLM's cache and threshold cost and gain, on the embedded model and held-out problems.
+"""What Fast-dLLM's cache and threshold, and EB-Sampler's entropy bound, cost and gain: embedded model,
+held-out problems.
 
     python tools/fast_table.py                     512 problems of countdown and sudoku, at temperature 0 and 0.9
     python tools/fast_table.py --json FILE         and write it
@@ -33,11 +34,11 @@ from variants import fast_dllm  # noqa: E402
 LENGTH, COUNTED = 32, 64  # tokens of a completion; problems of which the FLOPs are counted
 
 
-def measure(model, tokenizer, task, examples, procs, threshold, cache, **sampling):
-    """{"accuracy", "rounds", "GFLOP" of a problem, "tokens_per_second"} of a setting."""
+def measure(model, tokenizer, task, examples, procs, sampler, **sampling):
+    """{"accuracy", "rounds", "GFLOP" of a problem, "tokens_per_second"} of a sampler."""
     evaluate_on = functools.partial(
         evaluate, model, tokenizer, TASKS[task], procs=procs, seed=0, rollout_batch=128, gen_length=LENGTH,
-        diffusion_steps=LENGTH, generate=functools.partial(fast_dllm.generate, threshold=threshold, cache=cache),
+        diffusion_steps=LENGTH, generate=functools.partial(fast_dllm.generate, **sampler),
         **sampling)
     start = time.monotonic()
     means, _ = evaluate_on(examples=examples)
@@ -49,16 +50,18 @@ def measure(model, tokenizer, task, examples, procs, threshold, cache, **samplin
 
 
 def measure_all(model, tokenizer, task, temperature, args, procs):
-    """A row for every block length, threshold and cache. The first row is the exact sampler."""
+    """A row for every block length, threshold or entropy bound, and cache. The first row is the exact sampler."""
     split = "train" if args.train_split else "test"
     room = model.config.max_sequence_length - LENGTH
     examples = encode_prompts(TASKS[task].load(split, count=args.count), tokenizer, room, procs)
+    rules = [("-", "-"), *((threshold, "-") for threshold in args.threshold),
+             *(("-", bound) for bound in args.entropy_bound)]
     rows = []
-    for block, threshold, cache in itertools.product(args.block_length, (None, *args.threshold),
-                                                     (None, "prefix", "dual")):
-        row = {"task": task, "temperature": temperature, "block_length": block, "cache": cache or "-",
-               "threshold": threshold or "-"}
-        row |= measure(model, tokenizer, task, examples, procs, threshold, cache,
+    for block, (threshold, bound), cache in itertools.product(args.block_length, rules, args.cache):
+        names = {"cache": cache, "threshold": threshold, "entropy_bound": bound}
+        row = {"task": task, "temperature": temperature, "block_length": block, **names}
+        sampler = {name: value for name, value in names.items() if value != "-"}
+        row |= measure(model, tokenizer, task, examples, procs, sampler,
                        temperature=temperature, block_length=block)
         row["gain"] = (rows or [row])[0]["GFLOP"] / row["GFLOP"]
         rows.append(row)
@@ -71,6 +74,8 @@ def parse_args(argv=None):
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.9])
     parser.add_argument("--block_length", type=int, nargs="+", default=[8])
     parser.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.7, 0.5])
+    parser.add_argument("--entropy_bound", type=float, nargs="+", default=[0.1, 0.5, 1.0])
+    parser.add_argument("--cache", nargs="+", choices=("-", "prefix", "dual"), default=["-", "prefix", "dual"])
     parser.add_argument("--train_split", action="store_true", help="training problems instead of held-out ones")
     parser.add_argument("--count", type=int, default=512, help="problems")
     parser.add_argument("--json", metavar="FILE")

@@ -4,7 +4,7 @@ An estimator is a `draw` and a `log_probs` for train_grpo.main, see train_grpo.t
 prompt under K masks gives (n * K, G, L), and `scored` brings the rollout into the same shape for the objective.
 
 Those of later papers show the network a part of the completion. So a row of the network serves one completion: they
-cost G times as much as d1's and more. As in the papers, no token of the prompt is hidden.
+cost G times as much as d1's and more. As in the papers, no token of the prompt is hidden but by block_masks.
 """
 import argparse
 from collections import namedtuple
@@ -18,7 +18,7 @@ from d1 import generator, one_step_logps
 from train_grpo import draw_prompt_masks, one_step
 
 
-def repeat_prompts(rollout, masked, K):
+def repeat_prompts(rollout, masked, K, args):
     """The rollout with every prompt K times in a row, as far as objectives look at it."""
     return replace(rollout, advantages=rollout.advantages.repeat_interleave(K, dim=0),  # (n * K, G)
                    mask=rollout.mask.repeat_interleave(K, dim=0), token_count=K * rollout.token_count)
@@ -68,19 +68,29 @@ def mask_per_completion(policy, rollout, masked, mask_id):
 
 # ---------------------------------------------------------------- estimators of later papers
 
+def make_canvases(rollout, masked, mask_id):
+    """Rows of prompt and completion (n * S * G, T), partly masked, and their attn_mask.
+
+    masked bool, of the completion (n, S, G, L) or of the whole row (n, S, G, T).
+    """
+    n, S, G, width = masked.shape
+    P, L = rollout.prompt.shape[1], rollout.completions.shape[-1]
+    prompt = rollout.prompt[:, None, None].expand(n, S, G, P)
+    rows = torch.cat([prompt, rollout.completions[:, None].expand(n, S, G, L)], dim=-1)  # (n, S, G, T)
+    rows = rows.masked_fill(F.pad(masked, (P + L - width, 0)), mask_id)
+    return rows.flatten(0, 2), F.pad(rollout.attn_mask, (0, L), value=True).repeat_interleave(S * G, dim=0)
+
+
 def masked_logps(policy, rollout, masked, mask_id):
     """log p(o_l | q, the tokens of o that are not masked) from S canvases of each completion: (n, S, G, L).
 
-    masked (n, S, G, L) bool. Only where it is True the network does not see the token that it scores.
+    masked as in `make_canvases`. Only where it is True the network does not see the token that it scores.
     """
-    n, S, G, L = masked.shape
-    P = rollout.prompt.shape[1]
-    prompt = rollout.prompt[:, None, None].expand(n, S, G, P)
-    completions = rollout.completions[:, None].expand(n, S, G, L)
-    rows = torch.cat([prompt, completions.masked_fill(masked, mask_id)], dim=-1).flatten(0, 2)  # (n * S * G, T)
-    attn_mask = F.pad(rollout.attn_mask, (0, L), value=True).repeat_interleave(S * G, dim=0)  # (n * S * G, T)
-    keep = torch.arange(P, P + L, device=rows.device).expand(len(rows), L)  # the completion's positions
-    return policy(rows, attn_mask, keep, targets=completions.flatten(0, 2)).view(n, S, G, L)
+    rows, attn_mask = make_canvases(rollout, masked, mask_id)  # (n * S * G, T)
+    P, T = rollout.prompt.shape[1], rows.shape[1]
+    keep = torch.arange(P, T, device=rows.device).expand(len(rows), -1)  # the completion's positions
+    targets = rollout.completions[:, None].expand(*masked.shape[:-1], -1)  # (n, S, G, L)
+    return policy(rows, attn_mask, keep, targets=targets.flatten(0, 2)).view(targets.shape)
 
 
 @dataclass
@@ -119,9 +129,9 @@ def random_mask(policy, rollout, masks, mask_id):
     return masked_logps(policy, rollout, masks.masked, mask_id).flatten(0, 1)  # (n * K, G, L)
 
 
-def hidden_alone(rollout, masks, K):
+def hidden_alone(rollout, masks, K, args):
     """The rollout as `repeat_prompts` gives it, where only hidden tokens count."""
-    rollout = repeat_prompts(rollout, masks, K)
+    rollout = repeat_prompts(rollout, masks, K, args)
     return replace(rollout, mask=rollout.mask & masks.masked.flatten(0, 1), token_count=masks.token_count)
 
 
@@ -146,6 +156,40 @@ def coupled(policy, rollout, masks, mask_id):
     return ((full + weighted) / 2).flatten(0, 1)  # (n * K, G, L)
 
 
+def draw_subsets(rollout, step, args, procs):
+    """K random subsets of the L tokens of a completion for each of the mu updates: (mu, N, K, G, L) bool.
+
+    Their sizes are uniform over 0 to L, and evenly spaced over the updates. All subsets of a size are equally likely.
+    """
+    mu, L = args.num_iterations, args.gen_length
+    offset = (torch.arange(mu) * (L + 1) / mu).round().long().view(-1, 1, 1)
+    masks = []
+    for i in procs.share(args.prompts_per_step, "--prompts_per_step"):
+        numbers = generator(args.seed, "subset", step, i)
+        start = torch.randint(L + 1, (args.masks_per_prompt, args.group_size), generator=numbers)  # (K, G)
+        size = (start + offset) % (L + 1)  # (mu, K, G)
+        place = torch.rand(*size.shape, L, generator=numbers).argsort(-1).argsort(-1)  # of a token in a random order
+        masks.append(place < size[..., None])
+    return torch.stack(masks, dim=1).to(procs.device)
+
+
+def elbo(policy, rollout, masked, mask_id):
+    """ESPO (arXiv:2512.03759; espo_trainer.py, _get_elbo): every token under a subset S or under its complement.
+
+        log pi(o_l) = (L + 1) / (2 |S|) log p(o_l | q, the tokens outside S)           where l is in S
+                      (L + 1) / (2 (L - |S|)) log p(o_l | q, the tokens of S)         elsewhere
+
+    The sum over all L tokens is an unbiased estimate of the any-order ELBO: the mean over all orders of the chain
+    rule. It includes the EOS behind the first one, and those in later blocks nobody sampled. K subsets give one mean,
+    before any exponential.
+    """
+    by_subset, by_complement = masked_logps(policy, rollout, torch.cat([masked, ~masked], 1), mask_id).chunk(2, dim=1)
+    size, L = masked.sum(-1, keepdim=True), masked.shape[-1]
+    hidden = torch.where(masked, size, L - size)  # (n, K, G, L), tokens hidden beside one that is scored: at least 1
+    weight = (L + 1) / (2 * hidden)
+    return (weight * torch.where(masked, by_subset, by_complement)).mean(1)  # (n, G, L)
+
+
 def draw_snapshots(rollout, step, args, procs):
     """The snapshot that scores each token, the same for all updates: (mu, N, G, L) int64.
 
@@ -167,6 +211,81 @@ def trajectory(policy, rollout, snapshot, mask_id):
     return masked_logps(policy, rollout, masked, mask_id).gather(1, snapshot[:, None])[:, 0]
 
 
+def draw_rounds(rollout, step, args, procs):
+    """K of the rounds that each completion took, for each of the mu updates: (mu, N, K, G) int64.
+
+    Each is uniform over the rounds up to the last that committed a token that counts. Together they spread evenly.
+    """
+    draws = args.num_iterations * args.masks_per_prompt
+    last = rollout.committed_at.masked_fill(~rollout.mask, 0).amax(-1)  # (N, G)
+    rounds = []
+    for i, most in zip(procs.share(args.prompts_per_step, "--prompts_per_step"), last):
+        numbers = generator(args.seed, "rounds", step, i)
+        place = torch.rand(draws, args.group_size, generator=numbers).argsort(0)  # in a random order of the draws
+        share = (place + torch.rand(draws, args.group_size, generator=numbers)) / draws  # (draws, G), in [0, 1]
+        rounds.append((share.to(procs.device) * (most + 1)).long().minimum(most))
+    return torch.stack(rounds).unflatten(1, (-1, args.masks_per_prompt)).transpose(0, 1)
+
+
+def sampled_rounds(policy, rollout, rounds, mask_id):
+    """AGRPO (arXiv:2510.04019; agrpo_trainer.py, compute_loss): what sampled rounds (n, K, G) committed.
+
+    It is scored on the canvas that the sampler saw, as by `trajectory` with all snapshots: at temperature 1, where
+    AGRPO scores at the temperature of the rollouts, among the tokens of its top-p and top-k. Gives (n * K, G, L).
+    """
+    masked = rollout.committed_at[:, None] >= rounds[..., None]  # (n, K, G, L)
+    return masked_logps(policy, rollout, masked, mask_id).flatten(0, 1)
+
+
+def committed_alone(rollout, rounds, K, args):
+    """The rollout as `repeat_prompts` gives it, where only the tokens of the sampled rounds count.
+
+    token_count becomes K times the completions of the batch. So d1's objective is an unbiased estimate of a mean over
+    completions: of the mean over their rounds, of the sum over the tokens of a round. AGRPO can draw rounds by their
+    entropy too, and weigh them, to the same end.
+    """
+    is_drawn = (rollout.committed_at[:, None] == rounds[..., None]).flatten(0, 1)  # (n * K, G, L)
+    repeated = repeat_prompts(rollout, rounds, K, args)
+    completions = args.prompts_per_step * args.group_size * K
+    return replace(repeated, mask=repeated.mask & is_drawn, token_count=completions)
+
+
+def draw_block_masks(rollout, step, args, procs):
+    """What SPG hides of each row in K canvases, for each of the mu updates: (mu, N, K, G, T) bool.
+
+    In every canvas a block of the completion is half done: of its m tokens that count 1 to m are hidden, and all
+    behind. What stands before it, the prompt too, is hidden with probability p_mask_prompt.
+    """
+    K, size, L = args.masks_per_prompt, args.block_length, args.gen_length
+    if K > L // size:
+        raise SystemExit(f"error: --masks_per_prompt {K}: a completion has {L // size} blocks, one for each canvas")
+    mu, G, position, masks = args.num_iterations, args.group_size, torch.arange(L), []
+    places = procs.share(args.prompts_per_step, "--prompts_per_step")
+    for i, mask, is_real in zip(places, rollout.mask.cpu(), rollout.attn_mask.cpu()):  # (G, L) and (P,)
+        numbers = generator(args.seed, "block mask", step, i)
+        length = mask.sum(-1)  # (G,)
+        blocks = torch.rand(mu, G, L // size, generator=numbers).argsort(-1)[..., :K]  # (mu, G, K), all unlike
+        start = size * (blocks.transpose(1, 2) % ((length - 1) // size + 1))[..., None]  # (mu, K, G, 1)
+        end = (start + size).minimum(length[:, None])
+        count = 1 + (torch.rand(mu, K, G, 1, generator=numbers) * (end - start)).long()  # of 1 to m
+        inside = (start <= position) & (position < end)  # (mu, K, G, L)
+        draws = torch.rand(mu, K, G, L, generator=numbers)
+        place = draws.masked_fill(~inside, 2).argsort(-1).argsort(-1)  # those of the block come first
+        masked = (position >= end) | inside & (place < count) | (position < start) & (draws < args.p_mask_prompt)
+        prompt = torch.zeros(mu, K, G, len(is_real), dtype=torch.bool)
+        prompt[..., is_real] = torch.rand(mu, K, G, int(is_real.sum()), generator=numbers) < args.p_mask_prompt
+        masks.append(torch.cat([prompt, masked], dim=-1))
+    return torch.stack(masks, dim=1).to(procs.device)
+
+
+def block_masks(policy, rollout, masked, mask_id):
+    """SPG (arXiv:2510.09541; spg_trainer.py, forward_process "block_random"): canvases (n, K, G, T) -> (n * K, G, L).
+
+    They look as the sampler's do between two rounds. `spg` and `stabledrl` in objectives.py make bounds of them.
+    """
+    return masked_logps(policy, rollout, masked, mask_id).flatten(0, 1)
+
+
 Estimator = namedtuple("Estimator", "draw log_probs options scored", defaults=[repeat_prompts])
 ESTIMATORS = {  # options: those of train_grpo.py and grpo.py that an estimator reads
     "one_step": Estimator(draw_shared_masks, shared_masks, ("p_mask_prompt", "masks_per_prompt")),
@@ -175,5 +294,13 @@ ESTIMATORS = {  # options: those of train_grpo.py and grpo.py that an estimator 
     "random_mask": Estimator(partial(draw_completion_masks, draw_ratio=spaced_ratio), random_mask,
                              ("masks_per_prompt",), hidden_alone),
     "coupled": Estimator(partial(draw_completion_masks, draw_ratio=moderate_ratio), coupled, ("masks_per_prompt",)),
+    "elbo": Estimator(draw_subsets, elbo, ("masks_per_prompt",)),
     "trajectory": Estimator(draw_snapshots, trajectory, ("snapshots",)),
+    "block_masks": Estimator(draw_block_masks, block_masks, ("p_mask_prompt", "masks_per_prompt")),
+    "sampled_rounds": Estimator(draw_rounds, sampled_rounds, ("masks_per_prompt",), committed_alone),
+}
+PUBLISHED = {  # where a paper differs from d1
+    "elbo": {"masks_per_prompt": 2},
+    "block_masks": {"masks_per_prompt": 2},
+    "sampled_rounds": {"masks_per_prompt": 24, "num_iterations": 1, "epsilon": 0.2, "beta": 0.0},
 }

@@ -1,6 +1,7 @@
 """sample.py with other samplers: Fast-dLLM's (fast_dllm.py), or LLaDA's with all that it can do (llada_sampler.py).
 
     python variants/evaluate.py --task countdown --threshold 0.9 --cache dual
+    python variants/evaluate.py --task countdown --entropy_bound 0.5
     python variants/evaluate.py --task countdown --cfg_scale 0.5
 """
 import functools
@@ -17,8 +18,9 @@ from variants import fast_dllm, llada_sampler  # noqa: E402
 
 def add_sampler_options(parser):
     """Add the options that `pick_generate` reads."""
-    group = parser.add_argument_group("Fast-dLLM's sampler, which is approximate")
+    group = parser.add_argument_group("samplers of fewer rounds, which are approximate")
     group.add_argument("--threshold", type=float, help="commit all tokens of a higher probability; its paper: 0.9")
+    group.add_argument("--entropy_bound", type=float, help="commit what stays within, in nats; EB-Sampler")
     group.add_argument("--cache", choices=("prefix", "dual"), help="keep keys and values before, or around the block")
     group = parser.add_argument_group("LLaDA's sampler")
     group.add_argument("--cfg_scale", type=float, default=0.0, help="of classifier-free guidance")
@@ -37,26 +39,34 @@ def drop_unread(args, argv, options, reason):
         delattr(args, name)
 
 
-def check_threshold(args, argv):
-    """Let --threshold take the place of --diffusion_steps, which it ignores."""
-    if args.threshold is None:
+def check_rounds(args, argv):
+    """Let --threshold or --entropy_bound take the place of --diffusion_steps, which they ignore."""
+    named = {"threshold": args.threshold, "entropy_bound": getattr(args, "entropy_bound", None)}
+    named = {name: value for name, value in named.items() if value is not None}
+    if not named:
         return
-    if not 0 < args.threshold <= 1:
-        raise SystemExit(f"error: --threshold {args.threshold} must lie in (0, 1]: it is a probability")
-    drop_unread(args, argv, ["diffusion_steps"], "with --threshold")
+    if len(named) > 1:
+        raise SystemExit("error: --threshold and --entropy_bound do not combine: leave one out")
+    [(name, value)] = named.items()
+    if name == "threshold" and not 0 < value <= 1:
+        raise SystemExit(f"error: --threshold {value} must lie in (0, 1]: it is a probability")
+    if value < 0:
+        raise SystemExit(f"error: --entropy_bound {value} must be at least 0: it is a sum of entropies")
+    drop_unread(args, argv, ["diffusion_steps"], f"with --{name}")
     args.diffusion_steps = args.gen_length  # the most rounds that can be needed
 
 
 def pick_generate(args):
     """What to use in the place of sample.generate."""
     draw = llada_sampler.gumbel_bfloat16 if args.gumbel_bfloat16 else sample.choose
-    is_fast = args.threshold or args.cache
+    fast = {"threshold": args.threshold, "entropy_bound": args.entropy_bound, "cache": args.cache}
+    is_fast = any(value is not None for value in fast.values())
     if is_fast and (args.cfg_scale or args.random_remasking or args.logits_eos_inf or args.confidence_eos_eot_inf):
-        raise SystemExit("error: --threshold and --cache do not combine with options of LLaDA's sampler: drop some")
+        raise SystemExit("error: --threshold, --entropy_bound, --cache do not combine with LLaDA's sampler: drop some")
     if args.random_remasking and args.confidence_eos_eot_inf:
         raise SystemExit("error: --confidence_eos_eot_inf would be ignored with --random_remasking: leave one out")
     if is_fast:
-        return functools.partial(fast_dllm.generate, threshold=args.threshold, cache=args.cache, choose=draw)
+        return functools.partial(fast_dllm.generate, **fast, choose=draw)
     tokenizer = Tokenizer.from_folder(find_checkpoint(args.model))
     forbid = [tokenizer.eos_id] if args.logits_eos_inf else []
     commit_last = [tokenizer.eos_id, tokenizer.eot_id] if args.confidence_eos_eot_inf else []
@@ -68,7 +78,7 @@ def parse_args(argv=None):
     parser = sample.new_parser(argv)
     add_sampler_options(parser)
     args = parser.parse_args(argv)
-    check_threshold(args, argv)
+    check_rounds(args, argv)
     return args
 
 

@@ -1,8 +1,12 @@
-"""Fast-dLLM (arXiv:2505.22618): d1's sampler in fewer rounds, and with less to compute in a round. Both approximate.
+"""d1's sampler in fewer rounds, and with less to compute in a round: Fast-dLLM (arXiv:2505.22618). Both approximate.
 
 threshold (section 3.3): a round commits every token of a higher probability, and at least the likeliest. A row that
 has filled its block waits for the others. cache (section 3.2): keys and values outside the block are computed in the
 block's first round only, before and behind the block ("dual") or only before it ("prefix").
+
+entropy_bound (EB-Sampler, arXiv:2505.24857) takes the place of the threshold: a round commits as many positions, the
+surest first, as keep the sum of their entropies but for the largest, in nats, within the bound. random_first (Single-
+Step Initialization, openreview tiFsyANbEP): a row's first round commits one position of the first block, at random.
 """
 import math
 
@@ -15,13 +19,15 @@ from sample import choose, num_transfer_tokens
 
 @torch.no_grad()
 def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, diffusion_steps, block_length,
-             temperature, on_step=None, threshold=None, cache=None, choose=choose):
-    """sample.generate, with a threshold, a cache ("prefix" or "dual"), or both.
+             temperature, on_step=None, threshold=None, entropy_bound=None, random_first=False, cache=None,
+             choose=choose):
+    """sample.generate, with a threshold or an entropy bound, a random beginning, a cache ("prefix" or "dual").
 
-    A threshold needs diffusion_steps equal to gen_length, the most rounds that there can be. A cache needs a model
-    that is spread over processes to be within parallel.gathered.
+    All but the cache need diffusion_steps equal to gen_length, the most rounds that there can be. A cache needs a
+    model that is spread over processes to be within parallel.gathered.
     """
-    assert threshold is None or diffusion_steps == gen_length, "a threshold can need a round for every token"
+    is_adaptive = random_first or (threshold, entropy_bound) != (None, None)
+    assert not is_adaptive or diffusion_steps == gen_length, "it can need a round for every token"
     (B, P), T = prompt.shape, prompt.shape[1] + gen_length
     x = F.pad(prompt, (0, gen_length), value=mask_id)  # (B, T), the canvas
     attn_mask = F.pad(attn_mask, (0, gen_length), value=True)  # (B, T)
@@ -36,9 +42,14 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
         for step, count in enumerate(schedule, block * len(schedule)):
             masked, is_masked = find_masked(x[going], slice(start, end), mask_id)  # (U, M), positions to fill
             logits = predict(model, x[going], attn_mask[going], masked, computed, caches)  # (U, M, V)
-            tokens = choose(logits, temperature, noise[going, step, :masked.shape[1]], mask_id)  # (U, M)
+            uniform = noise[going, step, :masked.shape[1]]  # (U, M)
+            tokens = choose(logits, temperature, uniform, mask_id)  # (U, M)
             confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (U, M)
             is_chosen = pick(confidence.masked_fill(~is_masked, -torch.inf), count, threshold)  # (U, M)
+            if entropy_bound is not None:
+                is_chosen = pick_by_entropy(logits, is_masked, entropy_bound)
+            if random_first and step == 0:
+                is_chosen = pick(uniform * 2 ** 26 % 1, 1)  # by the low bits: `choose` goes by the high ones
             places = going[:, None], masked
             x[places] = torch.where(is_chosen, tokens, x[places])
             committed_at[places] = torch.where(is_chosen, rounds[going, None], committed_at[places])
@@ -67,7 +78,7 @@ def find_masked(x, block, mask_id):
     return block.start + order, is_masked.gather(1, order)
 
 
-def pick(confidence, count, threshold):
+def pick(confidence, count, threshold=None):
     """Which tokens a round commits: `count` of each row, or those above the threshold and the best of each row.
 
     confidence (U, M): log-probabilities, -inf where a token is committed already. Returns (U, M) bool.
@@ -76,6 +87,14 @@ def pick(confidence, count, threshold):
     if threshold is None:
         return torch.zeros_like(confidence, dtype=torch.bool).scatter(1, best[:, :count], True)
     return (confidence > math.log(threshold)).scatter(1, best[:, :1], True)
+
+
+def pick_by_entropy(logits, is_masked, bound):
+    """Which of the masked positions to commit, from their logits (U, M, V) at temperature 1. Returns (U, M) bool."""
+    entropy = torch.special.entr(logits.softmax(-1)).sum(-1)  # (U, M), of -p log p
+    entropy, order = entropy.masked_fill(~is_masked, torch.inf).sort(dim=1)
+    is_within = entropy.cumsum(1) - entropy <= bound  # False behind the masked ones: inf - inf is NaN
+    return torch.zeros_like(is_masked).scatter(1, order, is_within)
 
 
 def make_caches(model, rows, length):
