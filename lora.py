@@ -28,10 +28,10 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         y = F.linear(x, self.weight)  # (..., out)
-        if not self.active:
-            return y
-        low = F.linear(x, self.lora_A.to(x.dtype))  # (..., r), computed in the model's dtype
-        return y + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+        if self.active:  # in the model's dtype; scaled and added to y within the second product
+            low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)  # (M, r)
+            y.flatten(0, -2).addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale)
+        return y
 
 
 def lora_modules(model):

@@ -90,8 +90,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        normed = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)  # (..., C)
-        return self.weight * normed.to(x.dtype)  # rounded first, then weighted
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)  # (..., C)
 
 
 def rope_tables(length, head_dim, theta, device):
@@ -102,10 +101,10 @@ def rope_tables(length, head_dim, theta, device):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, H, T, D) by its positions, in float32 or wider; halves of D form the pairs."""
-    wide = at_least_float32(x)
-    left, right = wide.chunk(2, dim=-1)  # (B, H, T, D / 2)
-    return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+    """Rotate x (B, H, T, D) by its positions; halves of D form the pairs."""
+    left, right = x.chunk(2, dim=-1)  # (B, H, T, D / 2)
+    turned = torch.cat((-right, left), dim=-1)  # (B, H, T, D)
+    return (x * cos + turned * sin).to(x.dtype)  # in float32 within, as cos and sin are
 
 
 class Block(nn.Module):
@@ -163,13 +162,11 @@ class LLaDA(nn.Module):
         """Logits (B, T, V), or only those of some positions, which are chosen before the head.
 
         ids (B, T) int64; attn_mask (B, T) bool, False at padding; keep: int64 (B, k) -> (B, k, V),
-        or bool (B, T) -> (number of True, V); targets: tokens at these positions, 1 or G at each,
-        whose log-probabilities are then returned instead, see `token_logps`.
+        or bool (B, T) -> (number of True, V); targets: tokens there to score, see `token_logps`.
         """
         net, config, length = self.model["transformer"], self.config, ids.shape[1]
         if length > config.max_sequence_length:
-            longest = config.max_sequence_length
-            raise ValueError(f"{length} tokens exceed max_sequence_length {longest}")
+            raise ValueError(f"{length} tokens exceed {config.max_sequence_length=}")
         cos, sin = rope_tables(length, config.head_dim, config.rope_theta, ids.device)  # (T, D)
         if attn_mask is not None:
             attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): all queries see the same keys

@@ -103,7 +103,7 @@ def test_keep_equals_choosing_from_all_logits():
 
 
 def test_a_too_long_input_is_a_plain_error():
-    with pytest.raises(ValueError, match="129 tokens exceed max_sequence_length 128"):
+    with pytest.raises(ValueError, match="129 tokens exceed config.max_sequence_length=128"):
         reference_model("llada_mha")(torch.zeros(1, 129, dtype=torch.int64))
 
 
