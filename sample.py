@@ -90,7 +90,7 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
             uniform = noise[rows, step, :masked.shape[1]]     # (R, M)
             tokens = choose(logits, temperature, uniform, mask_id)  # (R, M)
             confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (R, M)
-            order = confidence.argsort(dim=1, descending=True)  # (R, M)
+            order = confidence.argsort(dim=1, descending=True, stable=True)  # (R, M)
             best, others = order[:, :count], order[:, count:].sort(dim=1).values
             chosen = rows[:, None], masked.gather(1, best)
             x[chosen] = tokens.gather(1, best)  # (R, count)
@@ -100,9 +100,9 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
             if on_step:
                 on_step(x, committed_at)
         ended = (x[rows, start:end] == eos_id).any(dim=1)     # (R,)
-        x[rows[ended], end:] = eos_id  # never looked at, but whole
-        committed_at[rows[ended], end:] = step - 1
-        rows = rows[~ended]  # (R,), fewer
+        done, rows = rows[ended], rows[~ended]  # a GPU's host waits here, and nowhere else
+        x[done, end:] = eos_id  # never looked at, but whole
+        committed_at[done, end:] = step - 1
         if not len(rows):
             break
     return x, committed_at

@@ -56,16 +56,16 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
             rounds[going] += 1
             if on_step:
                 on_step(x, committed_at)
-            has_masks = (x[going, start:end] == mask_id).any(dim=1)  # (U,)
-            going = going[has_masks]
+            left = (x[going, start:end] == mask_id).any(dim=1).nonzero()[:, 0]  # places in `going` of rows with masks
+            if len(left) < len(going):  # else the caches are as they should be, and not copied
+                going, caches = going[left], [(keys[left], values[left]) for keys, values in caches]
             if not len(going):
                 break
             computed = slice(start, end if cache == "dual" else T)
-            caches = [(keys[has_masks], values[has_masks]) for keys, values in caches]
         ended = (x[rows, start:end] == eos_id).any(dim=1)  # (R,)
-        x[rows[ended], end:] = eos_id
-        committed_at[rows[ended], end:] = rounds[rows[ended], None] - 1
-        rows = rows[~ended]
+        done, rows = rows[ended], rows[~ended]
+        x[done, end:] = eos_id
+        committed_at[done, end:] = rounds[done, None] - 1
         if not len(rows):
             break
     return x, committed_at
