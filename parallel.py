@@ -18,7 +18,7 @@ DEVICE_OPTIONS = {  # for the columns see run.PRESETS
     "device": ("", "", "cuda, cuda:1 or cpu; or else a GPU where there is one"),
     "dtype": ("", "", "of the computation: float32, bfloat16; or else bfloat16 on a GPU"),
     "compile": (False, False, "compile the blocks: pays in runs of many minutes"),
-    "timeout": (600.0, 600.0, "seconds that one process waits for another"),
+    "timeout": (1800.0, 600.0, "seconds that one process waits for another"),
 }
 PARALLEL_OPTIONS = DEVICE_OPTIONS | {
     "checkpoint_activations": (False, False, "recompute the blocks in the backward pass"),
@@ -122,11 +122,14 @@ def processes(args):
 def pick_device(name):
     """The torch.device of --device; "cuda" is the GPU of this process."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"error: --device {name}: torch sees no GPU here, use --device cpu")
     if device.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))  # within this node
-        torch.cuda.set_device(local_rank if device.index is None else device)
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        index = local_rank if device.index is None else device.index
+        if index >= gpus or (local_rank and device.index is not None):
+            raise SystemExit(f"error: --device {device}: torch sees {gpus} GPUs, a process needs "
+                             "its own: use cuda with at most so many processes, or cpu")
+        torch.cuda.set_device(index)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape
     return device
 
 
