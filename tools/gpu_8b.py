@@ -71,8 +71,8 @@ class Job(Run):
             reference = functools.partial(contextlib.nullcontext, self.frozen)
         self.inputs = self.model, reference, self.optimizer, self.tokenizer, self.draw_prompts(), args, procs
 
-    def step(self, number):
-        return self.script.train_step(number, *self.inputs)
+    def step(self, number, **methods):
+        return self.script.train_step(number, *self.inputs, **methods)
 
     def draw_ids(self, key, length):
         """Random tokens below the control tokens."""
@@ -158,9 +158,16 @@ def measure_grpo(words, procs):
     rollout = show(f"rollout, 6 x {args.gen_length}, {args.diffusion_steps} rounds", measured, sampled,
                    plan.flops("rollout") * 6 / completions, 6 * args.gen_length)
     flops = plan.flops("rollout") + plan.flops("logps") + plan.flops("update")
-    measured = measure(job, lambda: job.step(0))
+    ratios = []
+
+    def objective(logps, old_logps, *others):
+        ratios.append((logps.detach() - old_logps).abs().max())
+        return train_grpo.diffu_grpo(logps, old_logps, *others)
+    measured = measure(job, lambda: job.step(0, objective=objective))
     step = show(f"GRPO step, {args.prompts_per_step} x {args.group_size} completions", measured, memory["peak"],
                 flops, completions * args.gen_length)
+    first = ratios[:len(ratios) // args.num_iterations]  # before any update: exactly 0, or kernels differ
+    print(f"largest log ratio of the first update: {float(max(first)):g}")
     return [rollout, step]
 
 

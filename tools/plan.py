@@ -275,7 +275,10 @@ def print_cost(plan, tflops):
     show("run", run, f"{run / rate / 3600:.1f} hours: {steps} steps, {evaluations} evaluations"
                      f"{'' if evaluation else ' (not counted)'}")
     print(f"times are estimates, for {tflops:g} TFLOP/s a GPU and communication hidden behind them")
-    print(f"a checkpoint takes {plan.checkpoint_bytes() / GIB:.1f} GiB on disk; a run keeps two")
+    saved, size = "after the last step alone", plan.checkpoint_bytes() / GIB
+    if plan.args.save_every:
+        saved = f"every {plan.args.save_every} steps, {plan.args.save_every * step / rate / 60:.0f} minutes"
+    print(f"a checkpoint takes {size:.1f} GiB on disk, written {saved}; leave room for three")
 
 
 def main(argv=None):
