@@ -13,7 +13,8 @@ COMMANDS = sorted({command for text in TEXTS.values() for command in re.findall(
 FOLDERS = (ROOT, ROOT / "variants", ROOT / "tools", ROOT / "data")
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in FOLDERS for path in folder.glob("*.py"))
 OF_TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown-timeout"}
-OF_OTHERS = {"--extra-index-url"}
+OF_OTHERS = {"--extra-index-url", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--signal", "--requeue",
+             "--open-mode"}  # pip's, Slurm's
 
 
 def words_of(command):
