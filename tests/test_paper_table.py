@@ -39,8 +39,8 @@ def write_results(words):
     if "train_sft.py" in names or "train_grpo.py" in names:
         (out / "step_000010").mkdir()
         return
-    row = {"question": "1 + 1?", "answer": "2", "completion": "<answer>\\boxed{2}</answer>", "ended": True,
-           "effective_tokens": 5}
+    row = {"prompt": "Answer in a \\boxed{}.", "question": "1 + 1?", "answer": "2",
+           "completion": "<answer>\\boxed{2}</answer>", "ended": True, "effective_tokens": 5}
     (out / f"{options['--task']}_{options['--gen_length']}.jsonl").write_text(json.dumps(row) + "\n")
 
 

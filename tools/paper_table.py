@@ -97,7 +97,10 @@ class Table:
         self.run([*self.launcher, *script, *words], out / "summary.json", out.with_name(f"{out.name}.log"))
 
     def show(self):
-        """Print the table by the authors' rules, beside theirs, "." where there is nothing yet. Returns the shares."""
+        """Print the table beside the paper's. Returns {cell: share}.
+
+        By the authors' rules; after * by exact answers, as the prompts asked for no box; "." where nothing is yet.
+        """
         found, lines = {}, []
         for row in self.args.rows:
             line = {"per cent (paper)": row}
@@ -106,8 +109,12 @@ class Table:
                     folder, cell = self.evaluation(row, task, length), "."
                     if (folder / "summary.json").exists():
                         [(_, _, rows)] = find_generations([folder]).values()
-                        found[row, task, length] = share = grade(task, rows)["published"]
-                        cell = f"{100 * share:.1f}"
+                        grades = grade(task, rows)
+                        cell, share = "", grades["published"]
+                        if share is None:
+                            cell, share = "*", grades["exact"]
+                        cell += f"{100 * share:.1f}"
+                        found[row, task, length] = share
                     paper = find_in_paper(row, task, length)
                     line[f"{task} {length}"] = f"{cell} ({paper or '-'})"
             lines.append(line)
