@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+MAX_ROW = 1_000_000  # characters, many times what a network reads
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -34,9 +35,8 @@ def fetch(dataset, name):
         return Path(hf_hub_download(dataset, name, repo_type="dataset"))
     except (HfHubHTTPError, OSError) as error:  # no such file, or neither cached nor a network
         reason = str(error).strip().splitlines()[0]
-    raise SystemExit(f"error: dataset {dataset}: {name} is neither cached nor reachable "
-                     f"({reason}); name a file with --data, or where there is a network run: "
-                     f"hf download {dataset} {name} --repo-type dataset")
+    raise SystemExit(f"error: dataset {dataset}: {name} is neither cached nor reachable ({reason}): "
+                     f"name a --data file, or run: hf download {dataset} {name} --repo-type dataset")
 
 
 def read_rows(path, *layouts):
@@ -53,8 +53,10 @@ def read_rows(path, *layouts):
     for n, row in numbered:
         absent = [name for name in columns if not isinstance(row, dict) or row.get(name) is None]
         if absent:
-            raise SystemExit(f"error: --data {path}, row {n}: no {absent[0]!r}; a row needs "
-                             f"{', '.join(columns)}")
+            raise SystemExit(f"error: --data {path}, row {n}: no {absent[0]!r} of {columns}")
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        if len(text) > MAX_ROW or re.search("[\ud800-\udfff]", text):
+            raise SystemExit(f"error: --data {path}, row {n}: too long, or a lone surrogate in it")
     return [{**row, "row": n} for n, row in numbered]
 
 
@@ -71,8 +73,7 @@ def parse_file(path):
             rows = json.loads(text)
             return list(enumerate(rows if isinstance(rows, list) else [rows], 1))
         if suffix == ".csv":
-            reader = csv.DictReader(io.StringIO(text))
-            for row in reader:
+            for row in (reader := csv.DictReader(io.StringIO(text))):
                 numbered.append((reader.line_num, row))
                 n = reader.line_num + 1
             return numbered

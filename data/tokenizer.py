@@ -31,30 +31,29 @@ class Tokenizer:
         except Exception as error:  # the library's only type, also for a missing file
             reason = str(error).splitlines()[0]
             raise SystemExit(f"error: {path}: not a readable tokenizer ({reason})") from None
+        backend.no_truncation()  # as other libraries leave it behind: it would cut prompts
+        backend.no_padding()
         tokenizer = cls(backend, source=path)
         if config is None:
             return tokenizer
         largest = max(backend.get_vocab().values())
         if largest >= config.embedding_size:
-            raise SystemExit(f"error: {path}: token id {largest} lies outside the embedding of "
-                             f"{config.embedding_size} rows")
+            raise SystemExit(f"error: {path}: token id {largest} lies outside the embedding")
         for name, expected in ((MASK, config.mask_token_id), (EOS, config.eos_token_id)):
             if tokenizer.ids[name] != expected:
-                raise SystemExit(f"error: {path}: {name} has id {tokenizer.ids[name]}, and in "
-                                 f"config.json {expected}")
+                raise SystemExit(f"error: {path}: {name}: {tokenizer.ids[name]} is not {expected}")
         return tokenizer
 
     def encode(self, text):
         """Ids of plain text. A control token's name is cut in two first, so it stays text."""
-        pieces = re.split(INSIDE, text)
-        return [i for piece in pieces
-                for i in self.backend.encode(piece, add_special_tokens=False).ids]
+        encode = self.backend.encode
+        pieces = [encode(x, add_special_tokens=False).ids for x in re.split(INSIDE, text)]
+        return [i for piece in pieces for i in piece]
 
     def encode_chat(self, messages):
         """Ids of messages, {"role", "content"}, and of the header of the assistant's answer."""
         if None in self.ids.values():
-            raise SystemExit(f"error: {self.source}: no chat tokens (a Base model?); use an "
-                             "Instruct checkpoint")
+            raise SystemExit(f"error: {self.source}: no chat tokens, use an Instruct checkpoint")
         ids = [self.ids[BOS]] if messages else []
         for message in messages:
             ids += self.encode_turn(message["role"], message["content"].strip()) + [self.eot_id]

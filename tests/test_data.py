@@ -108,6 +108,25 @@ def test_a_tokenizer_must_fit_the_network_and_its_use(tmp_path):
         fails(lambda: Tokenizer.from_folder(tmp_path).encode_prompt("Hi"), tmp_path, message)
 
 
+def test_truncation_and_padding_that_another_library_left_behind_are_off(tmp_path):
+    content = json.loads((ROOT / "data" / "tiny" / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                          "pad_type_id": 0, "pad_token": "x"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "Numbers: 3, 7, 12"
+    assert Tokenizer.from_folder(tmp_path).encode(text) == TINY.encode(text)
+
+
+@pytest.mark.parametrize("row", [
+    '{"prompt": "\\ud800", "completion": "b"}', '{"prompt": "a", "completion": "b", "c": ["\\udfff"]}',
+    '{"prompt": "' + "x" * 1_000_001 + '", "completion": "b"}'])
+def test_rows_that_no_network_can_read_are_refused(tmp_path, row):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "\\ud83d\\ude00"}\n' + row)  # the first is an emoji
+    fails(lambda: read_rows(path, ("prompt", "completion")), path, "row 2", "too long, or a lone surrogate")
+
+
 # ---------------------------------------------------------------- generated examples
 
 # The embedded model was trained on what load() drew: the same seed must give the same texts, word for word.
