@@ -50,7 +50,7 @@ def parse_args(argv=None):
 def encode_rows(examples, tokenizer, max_length, args, procs):
     """(ids, prompt length) of each row. Empty rows and too long rows are skipped and counted."""
     rows, too_long = [], 0
-    for example in examples:
+    for example in procs.bar(examples, "encode", leave=False):
         prompt = tokenizer.encode_prompt(example["prompt"])  # chat format, up to the answer
         ids = prompt + tokenizer.encode_completion(example["completion"])
         too_long += len(ids) > max_length
