@@ -42,11 +42,9 @@ def make_parser(argv, description, groups):
     parser.add_argument("--task")  # for the glance; the script adds its own
     parser.add_argument("--gen_length", type=int)
     glance, _ = parser.parse_known_args(argv)  # what the defaults hang on
-    config = Path(glance.model, "config.json")
-    if config.is_file():  # of a model, or of a run
-        config = find_checkpoint(glance.model) / "config.json"
-    is_tiny = config.is_file() and read_json(config) == read_json(TINY / "config.json")
-    glance.preset = glance.preset or PRESETS[is_tiny or glance.model == "data/tiny"]
+    is_local = glance.model == "data/tiny" or Path(glance.model).is_dir()  # else of the hub
+    config = is_local and read_json(find_checkpoint(glance.model) / "config.json")
+    glance.preset = glance.preset or PRESETS[config == read_json(TINY / "config.json")]
     parser.set_defaults(preset=glance.preset)  # shown by --help, kept in config.json
     parser.add_argument("--help", action="help", help="show this and exit")
     column = PRESETS.index(glance.preset)
@@ -193,7 +191,8 @@ class Run:
             model = f"{self.args.model} --adapter {self.out}" if self.args.lora_r else self.out
             what = f"--task {self.tasks[0]} --watch" if self.tasks else "--prompt 'your question'"
             self.procs.print(f"  python sample.py --model {model} {what}\n"
-                             f"  python tools/plot.py {self.out}\n  python tools/report.py {self.out}")
+                             f"  python tools/plot.py {self.out}\n"
+                             f"  python tools/report.py {self.out}")
         return summary
 
     def restore(self):

@@ -248,9 +248,8 @@ def main(args, load=load_problems, generate=generate):
             compile_blocks(model)
         room = model.config.max_sequence_length - args.gen_length  # for a prompt
         if args.prompt:
-            [example] = encode_prompts([{"prompt": args.prompt}], tokenizer, room, procs)
-            ids = example["ids"]
-            done = complete(model, tokenizer, [ids], [(args.seed, "answer")], **sampling)
+            [row] = encode_prompts([{"prompt": args.prompt}], tokenizer, room, procs)
+            done = complete(model, tokenizer, [row["ids"]], [(args.seed, "answer")], **sampling)
             return print(done.texts[0])
         examples = load(args.task, args, tokenizer, room, procs)
         run = Run(time.strftime("sample-%m%d-%H%M%S"), args, procs)

@@ -200,9 +200,9 @@ def evaluate_policy(run, model, held_out, args, procs, generate):
     """Metrics on held-out problems at the rollout temperature, and the greedy accuracy."""
     task, metrics = TASKS[args.task], {}
     for temperature in (args.temperature, 0.0):
-        sampling = sampling_options(args) | {"temperature": temperature, "generate": generate}
+        setup = sampling_options(args) | {"temperature": temperature, "generate": generate}
         with gathered(model):
-            means, rows = evaluate(model, run.tokenizer, task, held_out, procs, args.seed, **sampling)
+            means, rows = evaluate(model, run.tokenizer, task, held_out, procs, args.seed, **setup)
         accuracy = means["accuracy"]
         procs.print(f"step {run.step}: {accuracy:.1%} of held-out problems right, {temperature=}")
         metrics = metrics or {f"held_out_{name}": mean for name, mean in means.items()}

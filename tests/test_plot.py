@@ -1,4 +1,4 @@
-"""tools/plot.py: runs grouped by what differs, seeds and their mean, evaluations from step 0; what is missing is named."""
+"""tools/plot.py: runs grouped by what differs, seeds and their mean, evaluations from step 0; what is missing."""
 import json
 import sys
 
@@ -56,7 +56,8 @@ def test_a_picture_has_a_panel_for_each_metric_that_a_task_has(runs, tmp_path, s
     figure = plot.main([*runs, sft, "--out", str(tmp_path / f"picture.{suffix}")])
     panels = [panel for panel in figure.axes if panel.get_visible()]
     assert [panel.get_title(loc="left") for panel in panels] == [
-        "countdown: held-out problems solved (more is better)", "countdown: mean reward of the rollouts (more is better)",
+        "countdown: held-out problems solved (more is better)",
+        "countdown: mean reward of the rollouts (more is better)",
         "sudoku countdown: loss on held-out rows (less is better)", "sudoku countdown: training loss (less is better)"]
     evaluations = [line for line in panels[0].lines if line.get_label() != "_seed"]
     assert [line.get_label() for line in evaluations] == ["num_iterations 4", "num_iterations 12"]

@@ -1,4 +1,4 @@
-"""What a run says at its end, and tools/report.py: the commands that it names work, the page has all that it promises."""
+"""What a run says at its end, and tools/report.py: its commands work, and the page has what it promises."""
 import re
 import shlex
 

@@ -205,7 +205,8 @@ def test_a_prompt_is_answered_and_watched_where_there_is_no_terminal(capsys):
 
 
 def test_a_right_and_a_wrong_completion_are_shown_in_two_lines_at_most(capsys):
-    rows = [{"prompt": f"Do it.\n\nNumber {i}\nTarget", "completion": "x\n" * 100, "accuracy": float(i > 1)} for i in range(4)]
+    rows = [{"prompt": f"Do it.\n\nNumber {i}\nTarget", "completion": "x\n" * 100, "accuracy": float(i > 1)}
+            for i in range(4)]
     sample.print_samples(rows, ALONE)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" -> ")[0] for line in lines] == ["  right: Number 2 Target", "  wrong: Number 0 Target"]

@@ -57,9 +57,10 @@ def test_a_frame_fits_the_terminal(monkeypatch):
 def test_the_verdict_says_why():
     task, example = TASKS["countdown"], {"numbers": [3, 7, 12], "target": 22}
     answer = "<answer>\n{}\n</answer>"
-    assert watch.verdict(answer.format("3 + 7 + 12"), example, task).startswith("right: the answer is 3 + 7 + 12\naccuracy 1")
-    assert watch.verdict(answer.format("3 + 7"), example, task).startswith("wrong: the answer is 3 + 7\naccuracy 0")
-    assert watch.verdict("3 + 7 + 12", example, task).startswith("wrong: no answer is closed")
+    for text, said in ((answer.format("3 + 7 + 12"), "right: the answer is 3 + 7 + 12\naccuracy 1"),
+                       (answer.format("3 + 7"), "wrong: the answer is 3 + 7\naccuracy 0"),
+                       ("3 + 7 + 12", "wrong: no answer is closed")):
+        assert watch.verdict(text, example, task).startswith(said)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ TITLES = {  # metric: its title, which says what is good
     "clip_fraction": "Tokens whose gradient is clipped",
     "loss": "Training loss (less is better)",
 }
-OF_RL, OF_SFT = ("held_out_accuracy", "reward", "kl", "clip_fraction"), ("held_out_loss", "loss")  # as drawn by default
+OF_RL, OF_SFT = ("held_out_accuracy", "reward", "kl", "clip_fraction"), ("held_out_loss", "loss")  # default
 SHARES = ("accuracy", "greedy", "fraction", "closed", "format", "cells")  # shown in per cent
 AXES = {"step": "steps", "update": "updates", "minutes": "minutes"}
 ASIDE = {"seed", "out", "resume", "save_every", "device", "timeout"}  # options that no label names
@@ -44,7 +44,7 @@ def parse_args(argv=None):
     parser.add_argument("--x", choices=AXES, default="step", help="update: steps times num_iterations")
     parser.add_argument("--smooth", type=int, default=1, help="mean over so many steps; evaluations are not smoothed")
     parser.add_argument("--out", default="plot.png", help=".png or .svg")
-    parser.add_argument("--every", type=float, metavar="SECONDS", help="draw again and again, until all runs have ended")
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="draw again and again until all runs have ended")
     parser.add_argument("--docs", action="store_true", help="draw docs/figures from docs/results")
     return parser.parse_args(argv)
 
@@ -58,7 +58,8 @@ def read_run(folder):
     """
     log, config = Path(folder, "metrics.jsonl"), Path(folder, "config.json")
     if not config.is_file() or not log.is_file():
-        return print(f"skipped {folder}: no training run, it has no {'metrics.jsonl' if config.is_file() else config.name}")
+        missing = log if config.is_file() else config
+        return print(f"skipped {folder}: no training run, it has no {missing.name}")
     options, rows = json.loads(config.read_text(encoding="utf-8"))["options"], {}
     *lines, torn = log.read_text(encoding="utf-8").split("\n")  # a run may be writing its last line
     for number, line in enumerate(lines, 1):
@@ -222,7 +223,7 @@ def draw_runs(args):
     read = [read_run(folder) for folder in args.runs]
     runs = [run for run in read if run is not None]
     if not runs:
-        raise SystemExit("error: nothing to draw: name the folder of a training run, such as runs/train_grpo-countdown")
+        raise SystemExit("error: nothing to draw: name the folder of a run, such as runs/train_grpo-countdown")
     for name in args.metrics or ():
         if not any(has_metric(rows, name) for _, rows in runs):
             names = sorted({name for _, rows in runs for row in rows.values() for name in row})
