@@ -44,7 +44,7 @@ def parse_args(argv=None):
     parser.add_argument("--x", choices=AXES, default="step", help="update: steps times num_iterations")
     parser.add_argument("--smooth", type=int, default=1, help="mean over so many steps; evaluations are not smoothed")
     parser.add_argument("--out", default="plot.png", help=".png or .svg")
-    parser.add_argument("--every", type=float, metavar="SECONDS", help="draw again and again until all runs have ended")
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="draw again until all runs have ended")
     parser.add_argument("--docs", action="store_true", help="draw docs/figures from docs/results")
     return parser.parse_args(argv)
 
