@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from model import copy_into, gather_tensors, load_tensors, load_weights, save_weights, write_json
+from model import (copy_into, gather_tensors, load_tensors, load_weights, read_json, save_weights,
+                   write_json)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 ADAPTER = "adapter_model.safetensors"
+NOT_PLAIN = ("use_rslora", "use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern",
+             "alora_invocation_tokens")  # fields of PEFT's config that change what is computed
 
 
 class LoRALinear(nn.Linear):
@@ -59,7 +62,6 @@ def init_lora(model, generator):
         draws = torch.rand(module.lora_A.shape, generator=generator)  # the same on all processes
         copy_into(module.lora_A, draws * 2 * bound - bound)
         copy_into(module.lora_B, torch.zeros(module.lora_B.shape))
-    return model
 
 
 @contextlib.contextmanager
@@ -104,3 +106,12 @@ def load_trained(model, folder):
         load_tensors(adapter_parameters(model), folder, ADAPTER)
     else:
         load_weights(model, folder)
+
+
+def load_adapter(model, folder):
+    """Put the adapter of a folder on a model: ours, or one of PEFT's that is plain LoRA."""
+    config = read_json(folder / "adapter_config.json")
+    if any(map(config.get, NOT_PLAIN)) or isinstance(config.get("init_lora_weights"), str):
+        raise SystemExit(f"error: --adapter {folder}: only plain LoRA is supported")
+    targets = [name for name in LORA_TARGETS if name in str(config.get("target_modules"))]
+    load_trained(add_lora(model, config["r"], config["lora_alpha"], targets), folder)

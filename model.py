@@ -5,6 +5,7 @@ i, not i + 1. On the disk all is safetensors and JSON: no pickle is opened, no f
 """
 import functools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,11 +191,17 @@ class LLaDA(nn.Module):
         return model
 
 
+def checkpoints(out):
+    """The checkpoint folders of a run, oldest first. Other folders are nobody's business."""
+    folders = [path for path in out.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
 def find_checkpoint(name):
-    """The folder of a model: our data/tiny, a local folder, or a hub id's snapshot."""
+    """The folder of a model: data/tiny, a folder or its newest checkpoint, a hub id's snapshot."""
     folder = TINY if name == "data/tiny" else Path(name)
     if folder.is_dir():
-        return folder
+        return [folder, *checkpoints(folder)][-1]
     from huggingface_hub import snapshot_download  # slow to import; comes with tokenizers
     try:
         return Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt*"]))

@@ -3,7 +3,6 @@ are model folders such as step_000120/ with the optimizer's state beside it."""
 import argparse
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +17,8 @@ import torch.distributed.checkpoint as dcp
 from d1 import generator
 from data.tokenizer import Tokenizer
 from lora import add_lora, init_lora, load_trained, save_trained
-from model import TINY, Config, LLaDA, find_checkpoint, load_weights, read_json, write_json
+from model import (TINY, Config, LLaDA, checkpoints, find_checkpoint, load_weights, read_json,
+                   write_json)
 from parallel import PARALLEL_OPTIONS, Stopped, parallelise
 
 PRESETS = ("8b", "tiny")  # columns: what the authors do with LLaDA-8B, what suits data/tiny
@@ -35,16 +35,16 @@ MAY_CHANGE -= {"seed", "dtype"}  # a resumed run keeps what decides what is lear
 def make_parser(argv, description, groups):
     """A parser with the options of {group: {name: (8b, tiny, words)}}, and a glance at some."""
     parser = argparse.ArgumentParser(
-        description=description.partition("\n")[0], add_help=False, allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, conflict_handler="resolve")
+        usage="%(prog)s [options]; --help lists them", description=description.partition("\n")[0],
+        allow_abbrev=False, add_help=False, conflict_handler="resolve")
     parser.add_argument("--model", default="data/tiny", help="checkpoint folder or hub id")
     parser.add_argument("--preset", choices=PRESETS, help="defaults of LLaDA-8B or of data/tiny")
     parser.add_argument("--task")  # for the glance; the script adds its own
     parser.add_argument("--gen_length", type=int)
     glance, _ = parser.parse_known_args(argv)  # what the defaults hang on
-    config = Path(glance.model, "config.json")
-    is_tiny = config.is_file() and read_json(config) == read_json(TINY / "config.json")
-    glance.preset = glance.preset or PRESETS[is_tiny or glance.model == "data/tiny"]
+    is_local = glance.model == "data/tiny" or Path(glance.model).is_dir()  # else of the hub
+    config = is_local and read_json(find_checkpoint(glance.model) / "config.json")
+    glance.preset = glance.preset or PRESETS[config == read_json(TINY / "config.json")]
     parser.set_defaults(preset=glance.preset)  # shown by --help, kept in config.json
     parser.add_argument("--help", action="help", help="show this and exit")
     column = PRESETS.index(glance.preset)
@@ -54,10 +54,11 @@ def make_parser(argv, description, groups):
             default = defaults[column]  # also gives the option's type
             if name == "diffusion_steps" and glance.gen_length:  # their ratio stays
                 default = default * glance.gen_length // options["gen_length"][column]
-            kind = {"type": type(default), "default": default}
+            shown = " (%(default)s)" * (str(default) not in ("", "False"))
+            kind = {"type": type(default), "default": default, "metavar": type(default).__name__}
             if default is False:
                 kind = {"action": "store_true"}
-            group.add_argument(f"--{name}", help=words, **kind)
+            group.add_argument(f"--{name}", help=words + shown, **kind)
     return parser, glance
 
 
@@ -66,8 +67,8 @@ class Run:
 
     def __init__(self, script, args, procs, may_change=()):
         """Take the folder; with --resume it may hold this run, its options but for MAY_CHANGE."""
-        task = "-".join([args.task] if isinstance(args.task, str) else args.task) or "data"
-        self.out = Path(args.out or f"runs/{script}-{task}")
+        self.tasks = [args.task] if isinstance(args.task, str) else args.task
+        self.out = Path(args.out or f"runs/{script}-{'-'.join(self.tasks) or 'data'}")
         self.args, self.procs = args, procs
         self.device = torch.cuda.get_device_name() if procs.device.type == "cuda" else "cpu"
         self.step, self.started = 0, time.monotonic()
@@ -186,6 +187,12 @@ class Run:
         if self.procs.is_main:
             write_json(self.out / "summary.json", summary)
         self.procs.print(f"all of it is in {self.out}")
+        if "lora_r" in self.args:  # a training
+            model = f"{self.args.model} --adapter {self.out}" if self.args.lora_r else self.out
+            what = f"--task {self.tasks[0]} --watch" if self.tasks else "--prompt 'your question'"
+            self.procs.print(f"  python sample.py --model {model} {what}\n"
+                             f"  python tools/plot.py {self.out}\n"
+                             f"  python tools/report.py {self.out}")
         return summary
 
     def restore(self):
@@ -248,12 +255,6 @@ def optimizer_state(model, optimizer):
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         state |= {f"{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
     return state
-
-
-def checkpoints(out):
-    """The checkpoint folders of a run, oldest first. Other folders are nobody's business."""
-    folders = [path for path in out.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def file_sizes(folder):

@@ -9,8 +9,8 @@
     python sample.py --task countdown --watch         watch one problem being solved
     python sample.py --prompt "What is 7 * 3?"        answer
 """
-import functools
-import sys
+import runpy
+import textwrap
 import time
 from collections import namedtuple
 
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from d1 import completion_mask, generator
 from data import TASKS
 from data.tokenizer import Tokenizer
-from model import LLaDA, at_least_float32, find_checkpoint
+from lora import load_adapter
+from model import TINY, LLaDA, at_least_float32, find_checkpoint
 from parallel import DEVICE_OPTIONS, compile_blocks, processes
 from run import Run, make_parser
 
@@ -33,7 +34,8 @@ SAMPLING = {  # option: (for LLaDA-8B as the authors have it, for the embedded m
 OPTIONS = {
     "what to do": {
         "prompt": ("", "", "answer this prompt"),
-        "watch": (False, False, "show the canvas filling in, coloured by round"),
+        "adapter": ("", "", "LoRA of --model: a run's folder, its checkpoint, or PEFT's"),
+        "watch": (False, False, "show the canvas filling in, see tools/watch.py"),
         "data": ("", "", "problems: file, d1's dataset folder, dataset id; or the task's own"),
         "count": (0, 0, "how many problems; 0: all, or 512 generated ones"),
         "out": ("", "", "folder of the results, or else runs/sample-TIME-TASK"),
@@ -198,6 +200,15 @@ def evaluate(model, tokenizer, task, examples, procs, seed, *, rollout_batch, **
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows
 
 
+def print_samples(rows, procs):
+    """Print the first right and the first wrong completion, each cut to two lines."""
+    firsts = {row["accuracy"] == 1: row for row in reversed(rows)}
+    for is_right, row in sorted(firsts.items(), reverse=True):
+        question = row["prompt"].rpartition("\n\n")[2]  # without the instructions
+        text = textwrap.shorten(f"{question} -> {row['completion']}", 148)
+        procs.print(f"  {'right' if is_right else 'wrong'}: {text}")
+
+
 def sampling_options(args):
     """What `complete` needs of the options."""
     return {name: getattr(args, name) for name in (*SAMPLING, "temperature")}
@@ -219,25 +230,10 @@ def load_problems(task, args, tokenizer, room, procs):
     return encode_prompts(examples, tokenizer, room, procs)
 
 
-COLOURS = (21, 27, 39, 51, 48, 46, 118, 190, 226, 220, 214, 208, 202, 196)  # blue to red, of 256
-
-
-def show(tokenizer, prompt_length, rounds, x, committed_at):
-    """Draw the canvas: masks as shades, EOS as dots, tokens in the colour of their round."""
-    canvas, on_terminal = "", sys.stdout.isatty()
-    symbols = {tokenizer.mask_id: "░", tokenizer.eos_id: "·"}
-    steps = committed_at[0, prompt_length:].tolist()  # L rounds, -1 while masked
-    for token, step in zip(x[0, prompt_length:].tolist(), steps):
-        text = symbols.get(token) or tokenizer.decode([token])
-        if on_terminal and step >= 0:
-            text = f"\x1b[38;5;{COLOURS[step * len(COLOURS) // rounds]}m{text}\x1b[0m"
-        canvas += text
-    print("\x1b[2J\x1b[H" * on_terminal + f"{canvas}\nround {max(steps) + 1} of {rounds}")
-    time.sleep(0.08 * on_terminal)  # slow enough to see
-
-
 def main(args, load=load_problems, generate=generate):
-    """Answer, watch or evaluate. load(task, args, tokenizer, room, procs) gives the examples."""
+    """Answer or evaluate. load(task, args, tokenizer, room, procs) gives the examples."""
+    if args.watch:  # a program around this one, with the same options
+        return runpy.run_path(str(TINY.parents[1] / "tools" / "watch.py"))["main"](args)
     check_schedule(args.gen_length, args.diffusion_steps, args.block_length)
     if not args.prompt and not args.task:
         raise SystemExit("error: say what to do: --task countdown, or --prompt with a question")
@@ -246,24 +242,22 @@ def main(args, load=load_problems, generate=generate):
         checkpoint = find_checkpoint(args.model)
         model = LLaDA.from_pretrained(checkpoint, procs.device, procs.dtype).eval()
         tokenizer = Tokenizer.from_folder(checkpoint, model.config)
+        if args.adapter:
+            load_adapter(model, find_checkpoint(args.adapter))
         if args.compile:
             compile_blocks(model)
         room = model.config.max_sequence_length - args.gen_length  # for a prompt
         if args.prompt:
-            examples = encode_prompts([{"prompt": args.prompt}], tokenizer, room, procs)
-        else:
-            examples = load(args.task, args, tokenizer, room, procs)
-        ids, rounds = examples[0]["ids"], args.diffusion_steps
-        if args.watch:
-            sampling["on_step"] = functools.partial(show, tokenizer, len(ids), rounds)
-        if args.prompt or args.watch:
-            done = complete(model, tokenizer, [ids], [(args.seed, "answer")], **sampling)
+            [row] = encode_prompts([{"prompt": args.prompt}], tokenizer, room, procs)
+            done = complete(model, tokenizer, [row["ids"]], [(args.seed, "answer")], **sampling)
             return print(done.texts[0])
+        examples = load(args.task, args, tokenizer, room, procs)
         run = Run(time.strftime("sample-%m%d-%H%M%S"), args, procs)
         task = TASKS[args.task]
         metrics, rows = evaluate(model, tokenizer, task, examples, procs, args.seed, **sampling)
         run.log(f"{args.task}_{args.gen_length}.jsonl", rows)
-        procs.print(f"{metrics['accuracy']:.1%} of {len(rows)} problems are right: {run.out}")
+        procs.print(f"{metrics['accuracy']:.1%} of {len(rows)} problems are right")
+        print_samples(rows, procs)
         return run.finish(gen_length=args.gen_length, problems=len(rows), **metrics)
 
 

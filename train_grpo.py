@@ -24,7 +24,7 @@ from lora import adapters_off
 from parallel import PARALLEL_OPTIONS, clip_and_step, gathered, processes
 from run import RUN_OPTIONS, Run, make_parser
 from sample import (SAMPLING, check_schedule, complete, encode_prompts, evaluate, generate,
-                    pad_left, sampling_options)
+                    pad_left, print_samples, sampling_options)
 
 OPTIONS = {  # option: (for LLaDA-8B as the authors have it, for the embedded model, what it is)
     "problems": {
@@ -200,13 +200,14 @@ def evaluate_policy(run, model, held_out, args, procs, generate):
     """Metrics on held-out problems at the rollout temperature, and the greedy accuracy."""
     task, metrics = TASKS[args.task], {}
     for temperature in (args.temperature, 0.0):
-        sampling = sampling_options(args) | {"temperature": temperature, "generate": generate}
+        setup = sampling_options(args) | {"temperature": temperature, "generate": generate}
         with gathered(model):
-            means, _ = evaluate(model, run.tokenizer, task, held_out, procs, args.seed, **sampling)
+            means, rows = evaluate(model, run.tokenizer, task, held_out, procs, args.seed, **setup)
         accuracy = means["accuracy"]
         procs.print(f"step {run.step}: {accuracy:.1%} of held-out problems right, {temperature=}")
         metrics = metrics or {f"held_out_{name}": mean for name, mean in means.items()}
         metrics["held_out_greedy"] = accuracy  # of the second round
+    print_samples(rows, procs)
     return metrics
 
 

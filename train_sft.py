@@ -10,7 +10,6 @@ import torch
 
 from d1 import draw_indices, forward_process, generator, sft_loss, sft_weights
 from data import DEMONSTRATIONS, load_demonstrations
-from model import copy_into
 from parallel import PARALLEL_OPTIONS, clip_and_step, gathered, processes
 from run import RUN_OPTIONS, Run, make_parser
 
@@ -23,7 +22,6 @@ OPTIONS = {  # option: (for LLaDA-8B as the authors have it, for the embedded mo
         "gen_length": (0, 32, "pad completions with EOS to this length at least"),
         "max_length": (4096, 4096, "longer rows are skipped and counted"),
         "truncate": (False, False, "cut longer rows instead, as the authors do"),
-        "from_scratch": (False, False, "begin with random weights, in the shape of --model"),
     },
     "updates": {
         "steps": (2460, 1000, "updates; 2460 are 20 epochs of s1K"),
@@ -52,7 +50,7 @@ def parse_args(argv=None):
 def encode_rows(examples, tokenizer, max_length, args, procs):
     """(ids, prompt length) of each row. Empty rows and too long rows are skipped and counted."""
     rows, too_long = [], 0
-    for example in examples:
+    for example in procs.bar(examples, "encode", leave=False):
         prompt = tokenizer.encode_prompt(example["prompt"])  # chat format, up to the answer
         ids = prompt + tokenizer.encode_completion(example["completion"])
         too_long += len(ids) > max_length
@@ -137,17 +135,6 @@ def held_out_loss(model, rows, tokenizer, args, procs, weigh=sft_weights, draws=
     return procs.sum(total)  # rows are dealt out to the processes
 
 
-def init_weights(model, generator):
-    """Random weights: normal(0, init_std), smaller by sqrt(2 layers) into the residual stream."""
-    for name, parameter in model.named_parameters():
-        weights = torch.ones(parameter.shape)  # of a norm
-        if parameter.dim() > 1:
-            into_residual = ".blocks." in name and ("attn_out" in name or "ff_out" in name)
-            divisor = (2 * model.config.n_layers) ** 0.5 if into_residual else 1.0
-            weights.normal_(0.0, model.config.init_std / divisor, generator=generator)
-        copy_into(parameter, weights)
-
-
 def main(args, weigh=sft_weights):
     """Train. weigh(t, answer) gives the weight of every token, see `sft_weights`."""
     with processes(args) as procs:
@@ -160,8 +147,6 @@ def main(args, weigh=sft_weights):
         count = min(256, max(1, len(rows) // 100))  # the authors hold out 1%, too
         held_out, rows = [rows[i] for i in order[:count]], [rows[i] for i in order[count:]]
         model, optimizer = run.load(betas=(0.9, 0.999))
-        if args.from_scratch and run.step == 0:
-            init_weights(model, generator(args.seed, "weights"))
         procs.print(f"masked SFT on {len(rows)} rows, {len(held_out)} held out")
         with run:
             for step in range(run.step, args.steps + 1):

@@ -69,6 +69,19 @@ def test_functions_exist(page):
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
+def test_the_line_counts_of_the_readme_hold():
+    counts = re.findall(r"\| \[`([\w./]+)`\]\([\w./]+\) \| ([\d,]+) \|", TEXTS["README.md"])
+    assert len(counts) == 11
+    for name, count in counts:
+        files = (ROOT / name).glob("*.py") if name.endswith("/") else [ROOT / name]
+        lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        assert abs(lines - int(count.replace(",", ""))) <= max(15, 0.05 * lines), f"{name} has {lines} lines"
+
+
+def test_the_pictures_are_small():
+    assert all(path.stat().st_size < 200_000 for path in (ROOT / "docs" / "figures").iterdir())
+
+
 def test_the_readme_is_a_front_page():
     assert TEXTS["README.md"].count("\n") <= 170
     assert len(TEXTS["README.md"].split()) <= 1700

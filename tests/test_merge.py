@@ -35,7 +35,8 @@ def base(tmp_path, monkeypatch):
 
 def save_adapted(base, folder, targets=("q_proj", "up_proj", "ff_out"), seed=0):
     """Save an adapter of `base` that changes it. Returns the adapted model."""
-    model = init_lora(add_lora(LLaDA.from_pretrained(base), 4, 6, targets), generator(seed))
+    model = add_lora(LLaDA.from_pretrained(base), 4, 6, targets)
+    init_lora(model, generator(seed))
     for name, module in lora_modules(model).items():
         module.lora_B.data.normal_(0, 0.1, generator=generator(len(name) + seed))
     folder.mkdir()

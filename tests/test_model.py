@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_module
 from model import Config, LLaDA, RMSNorm, apply_rope, find_checkpoint, rope_tables, save_weights
-from train_sft import init_weights
+from tools.measure import init_weights
 
 MODELS = ("llada_mha", "llada_gqa")
 IDS = torch.randint(480, (2, 11), generator=generator(5))

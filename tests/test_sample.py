@@ -1,16 +1,20 @@
 """The sampler against the official sampler's tokens at every step, batches of prompts, and the command line."""
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import GOLDEN, embedded, read_rows, reference_model, tensors
+from helpers import GOLDEN, PROBLEMS, ROOT, embedded, read_rows, reference_model, tensors, train
 from torch.nn import functional as F
 
 import sample
+import train_grpo
 from data import TASKS
+from model import find_checkpoint
 from parallel import Processes
 from sample import choose, complete, draw_noise, generate, num_transfer_tokens
+from tools import merge
 from tools.transcription import gumbel_argmax
 
 OFFICIAL = tensors("sampler/sampler.safetensors")
@@ -198,6 +202,45 @@ def test_a_prompt_is_answered_and_watched_where_there_is_no_terminal(capsys):
     assert watched.endswith(plain) and plain.strip() and "round 1 of 8" in watched and "\x1b[2J" not in watched
     call("--task countdown --watch --diffusion_steps 4")
     assert "round 1 of 4" in capsys.readouterr().out
+
+
+def test_a_right_and_a_wrong_completion_are_shown_in_two_lines_at_most(capsys):
+    rows = [{"prompt": f"Do it.\n\nNumber {i}\nTarget", "completion": "x\n" * 100, "accuracy": float(i > 1)}
+            for i in range(4)]
+    sample.print_samples(rows, ALONE)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" -> ")[0] for line in lines] == ["  right: Number 2 Target", "  wrong: Number 0 Target"]
+    assert all(len(line) <= 160 for line in lines)
+    sample.print_samples(rows[2:], ALONE)
+    assert capsys.readouterr().out.startswith("  right: ")
+
+
+def test_the_folder_of_a_run_means_its_newest_checkpoint_and_its_preset(tmp_path):
+    for name in ("step_000002", "step_999999", "step_1000000", "step_1000001.tmp", "step_best9"):
+        shutil.copytree(ROOT / "data" / "tiny", tmp_path / name)
+    assert find_checkpoint(tmp_path) == tmp_path / "step_1000000"
+    assert find_checkpoint(tmp_path / "step_000002") == tmp_path / "step_000002"
+    (tmp_path / "config.json").write_text('{"options": {}}')  # as a run's
+    assert sample.parse_args(["--task", "countdown", "--model", str(tmp_path)]).preset == "tiny"
+    summary = call(f"--task countdown --count 2 --diffusion_steps 4 --model {tmp_path} --out {tmp_path / 'out'}")
+    assert summary["problems"] == 2
+
+
+def test_an_adapter_answers_like_the_model_into_which_it_is_merged(tmp_path):
+    out = tmp_path / "run"
+    train(train_grpo, out, f"--data {PROBLEMS} --steps 1 --lora_r 4 --lr 0.01")
+    merge.main(["data/tiny", str(out / "step_000001"), str(tmp_path / "merged")])
+    words = "--task countdown --count 4 --diffusion_steps 8 --temperature 0.9"
+    rows = []
+    for name, model in (("adapter", f"--adapter {out}"), ("merged", f"--model {tmp_path / 'merged'}"), ("base", "")):
+        call(f"{words} {model} --out {tmp_path / 'of' / name}")
+        rows.append([row["completion"] for row in read_rows(tmp_path / 'of' / name / "countdown_32.jsonl")])
+    assert rows[0] == rows[1] != rows[2]
+    config = json.loads((out / "step_000001" / "adapter_config.json").read_text())
+    for odd in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"rank_pattern": {"q_proj": 2}}):
+        (out / "step_000001" / "adapter_config.json").write_text(json.dumps(config | odd))
+        with pytest.raises(SystemExit, match="^error: --adapter [^\n]*only plain LoRA is supported$"):
+            call(f"--prompt x --adapter {out}")
 
 
 @pytest.mark.parametrize("words, message", [

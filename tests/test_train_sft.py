@@ -8,6 +8,7 @@ from helpers import EOS_ID, GOLDEN, MASK_ID, assert_same_log, assert_same_run, e
 import train_sft
 from model import LLaDA
 from parallel import Processes
+from tools import tiny
 
 ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
 REFERENCE = json.loads((GOLDEN / "run_seed_5.json").read_text())
@@ -51,7 +52,8 @@ def test_accumulation_and_recomputation_change_nothing(run, tmp_path, options):
 @pytest.mark.slow
 def test_random_weights_learn_and_the_held_out_loss_is_measured_on_fixed_masks(tmp_path):
     words = "--steps 25 --batch_size 16 --count 300 --warmup 5 --eval_every 5 --lr 2e-3"
-    train(train_sft, tmp_path / "run", f"--task countdown --from_scratch {words}")
+    tiny.main(["random", str(tmp_path / "random")])
+    train(train_sft, tmp_path / "run", f"--task countdown --model {tmp_path / 'random'} {words}")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     assert len(losses) == 6 and losses[-1] < losses[0] - 1

@@ -41,8 +41,7 @@ from model import TINY, Config, LLaDA  # noqa: E402
 from parallel import Processes  # noqa: E402
 from sample import draw_noise, generate, pad_left  # noqa: E402
 from tools import transcription  # noqa: E402
-from tools.measure import by_turns, count_flops, peak_flops, peak_memory, print_table  # noqa: E402
-from train_sft import init_weights  # noqa: E402
+from tools.measure import by_turns, count_flops, init_weights, peak_flops, peak_memory, print_table  # noqa: E402
 from variants import fast_dllm  # noqa: E402
 
 NO_TOKEN = -1  # as eos_id: no row ever leaves

@@ -32,6 +32,7 @@ from model import TINY  # noqa: E402
 from parallel import processes  # noqa: E402
 from run import Run  # noqa: E402
 from sample import complete, sampling_options  # noqa: E402
+from tools.measure import init_weights  # noqa: E402
 from tools.plan import GIB, PROMPT_TOKENS, Plan, read_config  # noqa: E402
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense
@@ -43,7 +44,7 @@ TINY_GRPO = ("--prompts_per_step 2 --num_iterations 2 --microbatch 1 "
 
 def draw_weights(model, _):
     """In the place of load_weights: random ones."""
-    train_sft.init_weights(model, generator("weights"))
+    init_weights(model, generator("weights"))
 
 
 class Job(Run):

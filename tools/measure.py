@@ -1,9 +1,22 @@
-"""What the measuring programs share: clocks, counts of arithmetic, tables."""
+"""What the programs around share: random weights, clocks, counts of arithmetic, tables."""
 import statistics
 import time
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from model import copy_into
+
+
+def init_weights(model, generator):
+    """Random weights: normal(0, init_std), smaller by sqrt(2 layers) into the residual stream."""
+    for name, parameter in model.named_parameters():
+        weights = torch.ones(parameter.shape)  # of a norm
+        if parameter.dim() > 1:
+            into_residual = ".blocks." in name and ("attn_out" in name or "ff_out" in name)
+            divisor = (2 * model.config.n_layers) ** 0.5 if into_residual else 1.0
+            weights.normal_(0.0, model.config.init_std / divisor, generator=generator)
+        copy_into(parameter, weights)
 
 
 def synchronise(device):

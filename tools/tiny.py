@@ -1,9 +1,11 @@
-"""How the model in data/tiny was made: a tokenizer, then two runs of train_sft.py (data/tiny/README.md says why).
+"""How the model in data/tiny was made: a tokenizer, random weights, two runs of train_sft.py.
 
     python tools/tiny.py tokenizer FOLDER            tokenizer.json, and a config.json with its ids
+    python tools/tiny.py random OUT [FOLDER]         a model folder with random weights
     python tools/tiny.py model OUT [FOLDER] [...]    71 minutes on two CPU cores; further options go to train_sft.py
 
 The model is OUT/mixed/step_000300. Its tokenizer and shape are those of FOLDER, or else of data/tiny.
+data/tiny/README.md says why it was made so.
 """
 import json
 import sys
@@ -14,12 +16,14 @@ from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's modules
 
 import train_sft  # noqa: E402
+from d1 import generator  # noqa: E402
 from data import countdown, sudoku  # noqa: E402
 from data.tokenizer import CONTROL, EOS, MASK, Tokenizer  # noqa: E402
-from model import TINY  # noqa: E402
+from model import TINY, Config, LLaDA, find_checkpoint, save_weights  # noqa: E402
+from tools.measure import init_weights  # noqa: E402
 
 VOCABULARY = 2048  # at most: the texts of the two tasks give 731 tokens
-SKILL = ("--preset tiny --task countdown countdown sudoku --split worked --from_scratch --steps 7000 --warmup 200 "
+SKILL = ("--preset tiny --task countdown countdown sudoku --split worked --steps 7000 --warmup 200 "
          "--lr 2e-3 --count 600000 --seed 0")
 HABITS = "--preset tiny --task countdown sudoku --split mixed --steps 300 --warmup 30 --lr 3e-4 --count 60000 --seed 1"
 
@@ -61,9 +65,20 @@ def make_tokenizer(folder):
     print(f"{folder}: {size} tokens")
 
 
+def make_random(out, folder):
+    """Write a model of the shape of another, with its tokenizer, and with random weights."""
+    source = find_checkpoint(folder)
+    model = LLaDA(Config.from_folder(source))
+    init_weights(model, generator(0, "weights"))
+    out.mkdir(parents=True)
+    save_weights(model, out)
+    Tokenizer.from_folder(source).save(out)
+
+
 def make_model(out, folder, options):
     """Teach a new model the skill, then hide the skill among habits."""
-    run_sft(SKILL, folder, out / "skill", options)
+    make_random(out / "random", folder)
+    run_sft(SKILL, out / "random", out / "skill", options)
     [checkpoint] = (out / "skill").glob("step_*")
     run_sft(HABITS, checkpoint, out / "mixed", options)
 
@@ -77,6 +92,8 @@ def main(argv):
     match argv:
         case ["tokenizer", folder]:
             make_tokenizer(Path(folder))
+        case ["random", out, *folder] if len(folder) < 2:
+            make_random(Path(out), *folder or ["data/tiny"])
         case ["model", out, folder, *options] if not folder.startswith("--"):
             make_model(Path(out), folder, options)
         case ["model", out, *options]:
