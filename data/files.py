@@ -35,8 +35,8 @@ def fetch(dataset, name):
         return Path(hf_hub_download(dataset, name, repo_type="dataset"))
     except (HfHubHTTPError, OSError) as error:  # no such file, or neither cached nor a network
         reason = str(error).strip().splitlines()[0]
-    raise SystemExit(f"error: dataset {dataset}: {name} is not cached or reachable ({reason}): use "
-                     f"--data FILE, or run: hf download {dataset} {name} --repo-type dataset")
+    raise SystemExit(f"error: dataset {dataset}: {name} is not cached or reachable ({reason}): "
+                     f"use --data FILE, or run: hf download {dataset} {name} --repo-type dataset")
 
 
 def read_rows(path, *layouts):
