@@ -56,7 +56,7 @@ def test_merging_gives_the_adapted_logits_in_the_layout_of_the_base(base, tmp_pa
     merged = LLaDA.from_pretrained(out)
     assert worst(merged(IDS), adapted(IDS)) < 1e-4
     assert worst(merged(IDS), reference_model("llada_mha")(IDS)) > 0.1
-    assert [row["adapter"] for row in json.loads((out / "merged.json").read_text())] == [str(adapter)]
+    assert [row["adapter"] for row in json.loads((out / "merged.json").read_text())["merges"]] == [str(adapter)]
     names = {path.name for path in base.iterdir()} - {"optimizer.safetensors"}
     assert {path.name for path in out.iterdir()} == names | {"merged.json"}
     for name in names:
@@ -102,7 +102,7 @@ def test_a_whole_model_takes_the_files_and_dtypes_of_its_base(fresh, tmp_path):
         stored = load_file(tmp_path / "out" / path.name)
         assert stored.keys() == load_file(path).keys()
         assert all(torch.equal(t, fresh.get_parameter(k).bfloat16()) for k, t in stored.items())
-    assert json.loads((tmp_path / "out" / "merged.json").read_text()) == []
+    assert json.loads((tmp_path / "out" / "merged.json").read_text())["merges"] == []
 
 
 # ---------------------------------------------------------------- refused, before anything is written
@@ -118,7 +118,7 @@ def test_merging_an_adapter_twice_is_refused_and_another_one_is_not(base, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter0", "adapter1", "out"}
     assert "note:" not in capsys.readouterr().err
     merge(tmp_path / "out", tmp_path / "adapter1", tmp_path / "both")
-    assert len(json.loads((tmp_path / "both" / "merged.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "both" / "merged.json").read_text())["merges"]) == 2
     assert f"says it was trained on {base}" in capsys.readouterr().err
 
 
@@ -164,6 +164,27 @@ def test_a_damaged_adapter_is_refused_in_one_line(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_model_that_overflows_in_the_dtype_of_its_base_is_refused(fresh, tmp_path):
+    shutil.copytree(SHARDED, tmp_path / "base")
+    for path in (tmp_path / "base").glob("model-*.safetensors"):
+        save_file({key: tensor.half() for key, tensor in load_file(path).items()}, path)
+    for p in fresh.parameters():
+        p.data *= 1e7  # finite in float64, and more than float16 holds
+    (tmp_path / "trained").mkdir()
+    save_weights(fresh, tmp_path / "trained")
+    with pytest.raises(SystemExit, match=r"^error: [^\n]* overflows with this adapter or model[^\n]*$"):
+        merge(tmp_path / "base", tmp_path / "trained", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "trained"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"merges": 1}', '{"merges": [{}]}', '{"merges": ["x"]}'])
+def test_a_damaged_record_of_merges_is_one_line(base, tmp_path, text):
+    save_adapted(base, tmp_path / "adapter")
+    (base / "merged.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*merged.json: expected [^\n]*$"):
+        merge(base, tmp_path / "adapter", tmp_path / "out")
+
+
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     save_adapted(base, tmp_path / "adapter", ["k_proj"])
     with pytest.raises(SystemExit, match=r"^error: [^\n]*adapter: [^\n]*k_proj[^\n]*the model needs[^\n]*$"):
@@ -194,7 +215,9 @@ def test_links_out_of_the_base_are_not_followed_but_those_of_the_hubs_cache_are(
     merge(cached, tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
     (tmp_path / "private").write_text("a key")
-    (base / "special_tokens_map.json").symlink_to(tmp_path / "private")
-    with pytest.raises(SystemExit, match=r"^error: [^\n]*special_tokens_map.json links to [^\n]*private, outside"):
-        merge(base, tmp_path / "adapter", tmp_path / "again")
-    assert not (tmp_path / "again").exists()
+    for folder, name in ((base, "special_tokens_map.json"), (base, "merged.json"), (tmp_path / "adapter", "a.json")):
+        (folder / name).symlink_to(tmp_path / "private")
+        with pytest.raises(SystemExit, match=rf"^error: [^\n]*{name} links to [^\n]*private, outside"):
+            merge(base, tmp_path / "adapter", tmp_path / "again")
+        assert not (tmp_path / "again").exists()
+        (folder / name).unlink()

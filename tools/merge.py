@@ -7,7 +7,6 @@ PEFT's), or a whole model, which is kept in float32 while it is trained. OUT get
 """
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -22,7 +21,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from any working directory
 
 from lora import ADAPTER, LORA_TARGETS, adapter_parameters, add_lora, lora_modules  # noqa: E402
-from model import Config, LLaDA, at_least_float32, find_checkpoint, load_tensors, load_weights, read_json  # noqa: E402
+from model import (Config, LLaDA, at_least_float32, find_checkpoint, load_tensors, load_weights,  # noqa: E402
+                   read_json, write_json)
 
 PLAIN_LORA = {  # fields of PEFT's config: another value changes what the adapter computes, or its base
     "peft_type": ["LORA"], "use_rslora": [False], "use_dora": [False], "alpha_pattern": [{}, None],
@@ -77,10 +77,7 @@ def fold_in(modules, factors, tensors):
         if weight is None:  # in another shard
             continue
         A, B = (factors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-        merged = (at_least_float32(weight) + module.scale * B @ A).to(weight.dtype)
-        if not merged.isfinite().all():
-            raise SystemExit(f"error: {name}.weight overflows with this adapter: is its lora_alpha right?")
-        tensors[f"{name}.weight"] = merged
+        tensors[f"{name}.weight"] = (at_least_float32(weight) + module.scale * B @ A).to(weight.dtype)
 
 
 # ---------------------------------------------------------------- the model
@@ -101,13 +98,29 @@ def find_tensors(folder):
     return files
 
 
-def copy_files(folder, out):
-    """Copy what belongs to the base beside its weights. A link to a file outside the base is refused."""
+def refuse_links(folder):
+    """Exit where a file of a model folder is a link to a file outside it: what is in OUT, people upload."""
     inside = (folder.resolve(), folder.resolve().parent.parent / "blobs")  # the hub's cache links to its blobs
-    for path in {path for pattern in COPIED for path in folder.glob(pattern)}:
-        if path.resolve().parent not in inside:
+    for path in folder.iterdir():
+        if path.is_file() and path.resolve().parent not in inside:
             raise SystemExit(f"error: {path} links to {path.resolve()}, outside the model: put a copy in its place")
-        shutil.copyfile(path, out / path.name)
+
+
+def read_merges(folder):
+    """[{"adapter": ..., "sha256": ...}] of the adapters that are in the weights of a model folder."""
+    record = folder / "merged.json"
+    merges = read_json(record).get("merges") if record.exists() else []
+    if not isinstance(merges, list) or not all(isinstance(row, dict) and "sha256" in row for row in merges):
+        raise SystemExit(f"error: {record}: expected the merges that tools/merge.py wrote")
+    return merges
+
+
+def write_shard(tensors, path):
+    """Write the tensors of a shard. Exits where one holds NaN or Inf, as after an overflow."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise SystemExit(f"error: {name} overflows with this adapter or model: is its lora_alpha right?")
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def describe_merge(merges, base, adapter):
@@ -133,11 +146,12 @@ def merge(base, trained, out):
         raise SystemExit(f"error: {out} exists already: remove it, or name a new folder")
     if not any(trained.glob("*.safetensors")):
         raise SystemExit(f"error: {trained} holds no weights: name a checkpoint, such as RUN/step_000020")
+    refuse_links(folder)
+    refuse_links(trained)
     with torch.device("meta"):
         model = LLaDA(Config.from_folder(folder))
     load_weights(model, folder)  # of shapes alone: every tensor is checked, none is kept
-    record = folder / "merged.json"
-    merges = json.loads(record.read_text()) if record.is_file() else []
+    merges = read_merges(folder)
     factors, trained_files = {}, {}
     if (trained / "config.json").is_file():
         load_weights(model, trained)
@@ -150,18 +164,20 @@ def merge(base, trained, out):
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:  # removed if anything fails
         unfinished = Path(aside, "model")
         unfinished.mkdir()
-        copy_files(folder, unfinished)
-        (unfinished / "merged.json").write_text(json.dumps(merges, indent=2) + "\n")
+        for path in {path for pattern in COPIED for path in folder.glob(pattern)}:
+            shutil.copyfile(path, unfinished / path.name)
+        write_json(unfinished / "merged.json", {"merges": merges})
         for path in tqdm(shard_files(folder), desc="merge", unit="shard"):
             tensors = load_file(path)
             for name in trained_files.keys() & tensors.keys():
                 with open_tensors(trained_files[name]) as file:
                     tensors[name] = file.get_tensor(name).to(tensors[name].dtype)
             fold_in(lora_modules(model), factors, tensors)
-            save_file(tensors, unfinished / path.name, metadata={"format": "pt"})
+            write_shard(tensors, unfinished / path.name)
             shutil.copymode(unfinished / "merged.json", unfinished / path.name)  # safetensors: for the owner alone
         os.sync()  # the files are on the disk before the folder gets its name
         unfinished.rename(out)
+        os.sync()
 
 
 def main(argv=None):
