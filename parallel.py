@@ -95,8 +95,8 @@ class Processes:
 def processes(args):
     """Join the job that torchrun started, or be alone. Gives a `Processes`."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not value >= (name in COUNTS):
-            raise SystemExit(f"error: --{name} {value}: must be at least {int(name in COUNTS)}")
+        if isinstance(value, (int, float)) and not (name in COUNTS) <= value < 2 ** 32:
+            raise SystemExit(f"error: --{name} {value}: from {int(name in COUNTS)} to 2 ** 32")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")

@@ -294,6 +294,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     ("--microbatch 0", "--microbatch 0"),
     ("--beta -1", "--beta"),
     ("--lr nan", "--lr"),
+    ("--lr inf", "--lr inf: from 0 to 2 ** 32"),
     ("--model nowhere", "--model nowhere: no such folder"),
     ("--data absent.jsonl", "--data absent.jsonl"),
     ("--gen_length 504 --diffusion_steps 63", "--gen_length"),
