@@ -30,11 +30,12 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(linear.weight.new_empty(linear.out_features, r, dtype=dtype))
 
     def forward(self, x):
-        y = F.linear(x, self.weight)  # (..., out)
+        rows = x.flatten(0, -2)  # (M, in)
+        y = F.linear(rows, self.weight)  # (M, out)
         if self.active:  # in the model's dtype; scaled and added to y within the second product
-            low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)  # (M, r)
-            y.flatten(0, -2).addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale)
-        return y
+            low = F.linear(rows, self.lora_A.to(x.dtype))  # (M, r)
+            y.addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def lora_modules(model):
