@@ -203,8 +203,8 @@ def patches(waits, count):
     gpu = types.SimpleNamespace(name=NAME, total_memory=85_014_740_992, major=9, minor=0)
     values = {"is_available": True, "is_initialized": True, "is_bf16_supported": True, "device_count": count,
               "current_device": 0, "set_device": None, "synchronize": None, "get_device_name": NAME,
-              "get_device_properties": gpu, "memory_allocated": 2 ** 30, "max_memory_allocated": 2 ** 31,
-              "reset_peak_memory_stats": None}
+              "is_current_stream_capturing": False, "get_device_properties": gpu, "memory_allocated": 2 ** 30,
+              "max_memory_allocated": 2 ** 31, "reset_peak_memory_stats": None}
     for name, value in values.items():
         yield cuda, name, lambda *_, value=value, **__: value
     for name in ("Stream", "Event", "current_stream"):
@@ -228,7 +228,7 @@ def patches(waits, count):
     yield torch.autograd, "_engine_run_backward", run_backward
     yield torch.Tensor, "_make_subclass", staticmethod(make_marked_subclass)
     yield torch._C, "_group_tensors_by_device_and_dtype", group_by_device
-    yield dist.Backend, "default_device_backend_map", {"cpu": "gloo"}  # which serves the marked tensors as well
+    yield dist.Backend, "default_device_backend_map", {"cpu": "gloo", "cuda": "gloo"}  # which serves the marked tensors as well
 
 
 @contextlib.contextmanager

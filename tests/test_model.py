@@ -233,7 +233,7 @@ FAULTS = {  # name: (what happens to a good folder, words of the message)
     "a shard missing": (lambda f: (f / SHARD).unlink(), f"{SHARD}: .*incomplete"),
     "a shard cut": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-100]), f"{SHARD}: .*incomplete"),
     "an LFS pointer": (write(SHARD, "version https://git-lfs"), f"{SHARD}: .*git lfs pull"),
-    "a shard outside": (move_shard_out, f"/checkpoint/{SHARD}: .*incomplete"),
+    "a shard outside": (move_shard_out, f'/checkpoint/{SHARD}"?: .*incomplete'),
     "an index not JSON": (write(INDEX, "version https://git-lfs"), f"{INDEX}: expected a JSON object"),
     "an index without files": (write(INDEX, "{}"), f"{INDEX}: .*weight_map"),
     "an index of lists": (write(INDEX, '{"weight_map": [1]}'), f"{INDEX}: .*weight_map"),

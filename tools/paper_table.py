@@ -139,9 +139,10 @@ def parse_args(argv=None):
     parser.add_argument("--show", action="store_true", help="print what there is, run nothing")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
+    for name, least in (("gpus", args.gpus), ("lengths", min(args.lengths))):
+        if least < 1:
+            parser.error(f"argument --{name}: {least}: must be above 0")
     args.out = args.out.resolve()
-    if args.gpus < 1:
-        parser.error(f"--gpus {args.gpus}: must be at least 1")
     if Path(args.model).is_dir():
         args.model = str(Path(args.model).resolve())
     return args
