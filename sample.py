@@ -155,8 +155,7 @@ def complete(model, tokenizer, prompts, keys, *, rollout_batch, generate=generat
                           eos_id=tokenizer.eos_id, **sampling)
         batches.append(torch.stack(canvas)[:, :, prompt.shape[1]:])  # (2, B, L)
     ids, committed_at = torch.cat(batches, dim=1)  # (R, L) both
-    counted = completion_mask(ids, tokenizer.eos_id)  # (R, L)
-    lengths = (counted & (ids != tokenizer.eos_id)).sum(-1)  # (R,)
+    lengths = (completion_mask(ids, tokenizer.eos_id) & (ids != tokenizer.eos_id)).sum(-1)  # (R,)
     texts = [tokenizer.decode(row) for row in ids.tolist()]  # up to EOS
     return Completions(ids, committed_at, lengths, texts)
 

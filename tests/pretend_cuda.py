@@ -228,7 +228,8 @@ def patches(waits, count):
     yield torch.autograd, "_engine_run_backward", run_backward
     yield torch.Tensor, "_make_subclass", staticmethod(make_marked_subclass)
     yield torch._C, "_group_tensors_by_device_and_dtype", group_by_device
-    yield dist.Backend, "default_device_backend_map", {"cpu": "gloo", "cuda": "gloo"}  # which serves the marked tensors as well
+    # gloo serves the marked tensors as well
+    yield dist.Backend, "default_device_backend_map", {"cpu": "gloo", "cuda": "gloo"}
 
 
 @contextlib.contextmanager
