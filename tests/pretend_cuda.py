@@ -9,6 +9,7 @@ torch.compile.
 """
 import collections
 import contextlib
+import functools
 import runpy
 import sys
 import types
@@ -224,12 +225,17 @@ def patches(waits, count):
         return {(GPU if any(map(on_gpu, leaves(found[0]))) else device, dtype): found
                 for (device, dtype), found in group(lists, with_indices).items()}
 
+    for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
+        if hasattr(torch.optim.Optimizer, name):  # they ask the driver
+            yield torch.optim.Optimizer, name, lambda self: None
+    collectives = torch.distributed.fsdp._fully_shard._fsdp_collectives
+    if hasattr(collectives, "record_grad_output_stream"):  # from 2.15 on
+        yield collectives, "record_grad_output_stream", lambda buffer, stream: None
     yield torch, "Generator", Generator
     yield torch.autograd, "_engine_run_backward", run_backward
     yield torch.Tensor, "_make_subclass", staticmethod(make_marked_subclass)
     yield torch._C, "_group_tensors_by_device_and_dtype", group_by_device
-    # gloo serves the marked tensors as well
-    yield dist.Backend, "default_device_backend_map", {"cpu": "gloo", "cuda": "gloo"}
+    yield dist, "init_process_group", functools.partial(dist.init_process_group, "cpu:gloo,cuda:gloo")
 
 
 @contextlib.contextmanager
