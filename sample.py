@@ -238,8 +238,9 @@ def main(args, load=load_problems, generate=generate):
         raise SystemExit("error: say what to do: --task countdown, or --prompt with a question")
     sampling = {**sampling_options(args), "generate": generate}
     with processes(args) as procs:
-        model = LLaDA.from_pretrained(args.model, procs.device, procs.dtype).eval()
-        tokenizer = Tokenizer.from_folder(find_checkpoint(args.model), model.config)
+        checkpoint = find_checkpoint(args.model)  # once: it may ask the hub
+        model = LLaDA.from_pretrained(checkpoint, procs.device, procs.dtype).eval()
+        tokenizer = Tokenizer.from_folder(checkpoint, model.config)
         if args.adapter:
             load_adapter(model, find_checkpoint(args.adapter))
         if args.compile:

@@ -206,9 +206,8 @@ def evaluate_policy(run, model, held_out, args, procs, generate):
         accuracy = means["accuracy"]
         procs.print(f"step {run.step}: {accuracy:.1%} of held-out problems right, {temperature=}")
         metrics = metrics or {f"held_out_{name}": mean for name, mean in means.items()}
-        metrics["held_out_greedy"] = accuracy  # of the second round
     print_samples(rows, procs)
-    return metrics
+    return {**metrics, "held_out_greedy": accuracy}  # of the second round
 
 
 def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
