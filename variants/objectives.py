@@ -3,6 +3,7 @@
 Each but spg is a mean over completions, where diffu_grpo is a mean over tokens. Shapes: n prompts, G completions of L
 tokens.
 """
+import functools
 import math
 
 import torch
@@ -11,9 +12,14 @@ from d1 import kl_k3
 from train_grpo import diffu_grpo
 
 
+def token_sum(values, mask):
+    """The sum of values (n, G, L) over the tokens that count. (n, G)."""
+    return values.masked_fill(~mask, 0).sum(-1)
+
+
 def token_mean(values, mask):
     """The mean of values (n, G, L) over the tokens that count, 0 where none does. (n, G)."""
-    return values.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp(min=1)
+    return token_sum(values, mask) / mask.sum(-1).clamp(min=1)
 
 
 def clipped_loss(log_ratio, advantages, epsilon):
@@ -83,22 +89,16 @@ def sequence_mean(logps, old_logps, ref_logps, rollout, masked, args):
     return batch_mean(token_mean(losses, rollout.mask), stats, logps, ref_logps, rollout, args)
 
 
-def wd1(logps, old_logps, ref_logps, rollout, masked, args):
+def wd1(logps, old_logps, ref_logps, rollout, masked, args, total=token_sum):
     """wd1 (arXiv:2507.08838): the log-likelihood under weights of both signs, without ratio and clip.
 
         - 1 / groups * sum_i [ softmax(A)_i - softmax(-A)_i ] sum_l logps,  softmax over the group
 
-    As in its code (compute_loss of rev_grpo_trainer.py), which has no KL term.
+    As in its code (compute_loss of rev_grpo_trainer.py), which has no KL term. wd1_mean has the mean over the tokens
+    of a completion in the place of the sum.
     """
     weights = rollout.advantages.softmax(-1) - (-rollout.advantages).softmax(-1)  # (n, G), 0 in the sum of a group
-    losses = -weights * args.group_size * logps.masked_fill(~rollout.mask, 0).sum(-1)
-    return batch_mean(losses, {}, logps, ref_logps, rollout, args)
-
-
-def wd1_mean(logps, old_logps, ref_logps, rollout, masked, args):
-    """wd1 with the mean over the tokens of a completion in the place of its sum."""
-    weights = rollout.advantages.softmax(-1) - (-rollout.advantages).softmax(-1)
-    losses = -weights * args.group_size * token_mean(logps, rollout.mask)
+    losses = -weights * args.group_size * total(logps, rollout.mask)
     return batch_mean(losses, {}, logps, ref_logps, rollout, args)
 
 
@@ -149,7 +149,7 @@ def stabledrl(logps, old_logps, ref_logps, rollout, masked, args):
 
 
 OBJECTIVES = {"grpo": diffu_grpo, "sequence": sequence, "espo": espo, "sequence_mean": sequence_mean, "wd1": wd1,
-              "wd1_mean": wd1_mean, "spg": spg, "stabledrl": stabledrl}
+              "wd1_mean": functools.partial(wd1, total=token_mean), "spg": spg, "stabledrl": stabledrl}
 PUBLISHED = {  # where a paper differs from d1; (objective, task) where it differs between tasks
     "sequence": {"epsilon": 3e-4, "beta": 0.0},
     "espo": {"estimator": "elbo", "epsilon": 0.2, "beta": 1e-3},
