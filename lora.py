@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from model import (copy_into, gather_tensors, load_tensors, load_weights, read_json, save_weights,
+from model import (copy_into, gather_weights, load_tensors, load_weights, read_json, save_weights,
                    write_json)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
-ADAPTER = "adapter_model.safetensors"
-NOT_PLAIN = ("use_rslora", "use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern",
-             "alora_invocation_tokens")  # fields of PEFT's config that change what is computed
+ADAPTER, PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's names
+# fields of PEFT's config that change what is computed, and leave names and shapes as they are
+NOT_PLAIN = "use_rslora", "fan_in_fan_out", "alpha_pattern", "alora_invocation_tokens"
 
 
 class LoRALinear(nn.Linear):
@@ -80,23 +80,22 @@ def adapters_off(model):
 
 def adapter_parameters(model):
     """{PEFT's name: parameter} of all adapters."""
-    return {f"base_model.model.{name}.lora_{x}.weight": getattr(module, f"lora_{x}")
-            for name, module in lora_modules(model).items() for x in "AB"}
+    return {f"{PREFIX}{name}.weight": p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def save_trained(model, folder, base, is_writer=True):
+def save_trained(model, folder, base):
     """Save the adapters of a model that has some, else all weights. base: its name, for PEFT."""
     modules = lora_modules(model)
     if not modules:
-        return save_weights(model, folder, is_writer)
+        return save_weights(model, folder)
     first = next(iter(modules.values()))
     targets = sorted({name.rpartition(".")[2] for name in modules})  # such as q_proj
     # the targets as a pattern: the LM head is called ff_out too, and PEFT would adapt it
     pattern = rf".*\.blocks\.\d+\.({'|'.join(targets)})"
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": first.r, "bias": "none",
               "lora_alpha": first.alpha, "target_modules": pattern, "inference_mode": True}
-    tensors = gather_tensors(adapter_parameters(model), is_writer)  # all take part
-    if is_writer:
+    tensors = {f"{PREFIX}{name}.weight": w for name, w in gather_weights(model, True).items()}
+    if tensors:
         write_json(Path(folder, "adapter_config.json"), config)
         save_file(tensors, Path(folder, ADAPTER), metadata={"format": "pt"})
 

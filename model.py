@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 HEAD_CHUNK = 2 ** 26  # logits that exist at a time while tokens are scored: 0.25 GB in float32
-MAX_SHARD_BYTES = 5_000_000_000  # as the hub's libraries cut large models
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights may be
 recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 SUPPORTED = {  # fields that would change the network, with the value of every published LLaDA
     "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "rope": True,
@@ -31,7 +30,6 @@ SUPPORTED = {  # fields that would change the network, with the value of every p
 }
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size",
          "max_sequence_length", "mask_token_id", "eos_token_id")  # whole numbers
-SCALES = ("rope_theta", "rms_norm_eps", "init_std")
 
 
 class Config(SimpleNamespace):
@@ -46,14 +44,11 @@ class Config(SimpleNamespace):
         for name, value in SUPPORTED.items():
             if (vars(config).get(name, value) or 0) != value:
                 raise SystemExit(f"error: {path}: {name} must be {value!r}, no other is supported")
-        config.n_kv_heads = raw.get("n_kv_heads") or raw.get("n_heads")
-        config.embedding_size = raw.get("embedding_size") or raw.get("vocab_size")
-        mlp_size = (raw.get("mlp_ratio") or 0) * (raw.get("d_model") or 0)
-        config.mlp_hidden_size = raw.get("mlp_hidden_size") or mlp_size
-        for name in (*SIZES, *SCALES):
-            value = getattr(config, name, None)
-            if type(value) not in (int, float) or not value > 0 or (name in SIZES and value % 1):
-                raise SystemExit(f"error: {path}: {name} = {value!r} is not a positive number")
+        for name in (*SIZES, "rope_theta", "rms_norm_eps", "init_std"):
+            value, limit = getattr(config, name, None), 1e4 if name == "n_layers" else 1e12
+            is_number = type(value) in (int, float) and 0 < value < limit
+            if not is_number or (name in SIZES and value % 1):
+                raise SystemExit(f"error: {path}: {name} = {value!r}: must lie in 0 to {limit:g}")
         if max(config.mask_token_id, config.eos_token_id) >= config.embedding_size:
             raise SystemExit(f"error: {path}: mask_token_id or eos_token_id has no embedding")
         config.head_dim = config.d_model // config.n_heads  # D
@@ -165,10 +160,8 @@ class LLaDA(nn.Module):
         ids (B, T) int64; attn_mask (B, T) bool, False at padding; keep: int64 (B, k) -> (B, k, V),
         or bool (B, T) -> (number of True, V); targets: tokens there to score, see `token_logps`.
         """
-        net, config, length = self.model["transformer"], self.config, ids.shape[1]
-        if length > config.max_sequence_length:
-            raise ValueError(f"{length} tokens exceed {config.max_sequence_length=}")
-        cos, sin = rope_tables(length, config.head_dim, config.rope_theta, ids.device)  # (T, D)
+        net, config, T = self.model["transformer"], self.config, ids.shape[1]
+        cos, sin = rope_tables(T, config.head_dim, config.rope_theta, ids.device)  # (T, D) both
         if attn_mask is not None:
             attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, T): all queries see the same keys
         is_ragged = keep is not None and keep.dtype == torch.bool  # not as many in each row
@@ -231,31 +224,33 @@ def copy_into(parameter, tensor):
     parameter.copy_(tensor)  # casts to the parameter's dtype
 
 
-def load_tensors(parameters, folder, single="model.safetensors"):
+def open_tensors(path):
+    """A safetensors file, of which only the header is read."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"error: {path}: {error}: incomplete (git lfs pull)?") from None
+
+
+def load_tensors(parameters, folder, files="model*.safetensors"):
     """Fill {name: parameter} from one file, or from shards; exits naming the tensor at fault."""
-    index = Path(folder, f"{single}.index.json")
-    files = {"": single}
-    if index.is_file():
-        files = read_json(index).get("weight_map")
-    if not isinstance(files, dict):
-        raise SystemExit(f"error: {index}: weight_map must tell the file of each tensor")
     stored = {}  # {name: the open file that holds it}
-    for file in sorted(set(map(str, files.values()))):
-        path = Path(folder, Path(file).name)  # never a file outside the folder
-        try:
-            tensors = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            hint = "incomplete (git lfs pull), or a pickle (convert it to safetensors)?"
-            raise SystemExit(f"error: {path}: {error}: {hint}") from None
+    for path in sorted(Path(folder).glob(files)):
+        tensors = open_tensors(path)
+        twice = sorted(stored.keys() & tensors.keys())
+        if twice:  # shards of two models
+            raise SystemExit(f"error: {path}: {twice[0]} is in another file, too")
         stored |= dict.fromkeys(tensors.keys(), tensors)
+    if not stored:
+        raise SystemExit(f"error: {folder} has no {files}: convert a pickle to safetensors")
     for name in sorted(stored.keys() | parameters.keys()):
         shape = stored[name].get_slice(name).get_shape() if name in stored else "missing"
         needed = list(parameters[name].shape) if name in parameters else "no such tensor"
         if shape != needed:
             raise SystemExit(f"error: {folder}: {name} is {shape}, the model needs {needed}")
         tensor = stored[name].get_tensor(name)
-        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
-            raise SystemExit(f"error: {folder}: {name} holds NaN, Inf or no floats")
+        if tensor.dtype.itemsize < 2 or not tensor.isfinite().all():
+            raise SystemExit(f"error: {folder}: {name} holds NaN, Inf or single bytes")
         copy_into(parameters[name], tensor)  # one tensor in memory at a time
 
 
@@ -264,20 +259,17 @@ def load_weights(model, folder):
     load_tensors({name: p for name, p in model.named_parameters() if ".lora_" not in name}, folder)
 
 
-def gather_tensors(parameters, is_writer=True):
-    """{name: full tensor on the CPU} of {name: parameter}. All processes call it."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if is_writer:
-            tensors[name] = full.detach().cpu()  # one on the GPU at a time
-    return tensors
+def gather_weights(model, only_trained=False):
+    """{name: tensor on the CPU} on the main process, {} on others. All processes call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # one on the GPU at a time
+    options.ignore_frozen_params = only_trained
+    return get_model_state_dict(model, options=options)
 
 
-def save_weights(model, folder, is_writer=True):
-    """Write config.json and the weights: one file, or shards above MAX_SHARD_BYTES."""
+def save_weights(model, folder):
+    """Write config.json and the weights: one file, or shards of 5 GB."""
     from huggingface_hub import save_torch_state_dict  # slow to import
-    tensors = gather_tensors(dict(model.named_parameters()), is_writer)
-    if is_writer:
+    tensors = gather_weights(model)
+    if tensors:
         write_json(Path(folder, "config.json"), model.config.raw)
-        save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_BYTES)
+        save_torch_state_dict(tensors, folder)

@@ -1,15 +1,16 @@
 """tools/merge.py: adapters, ours and PEFT's, and whole models folded into their base; what is refused."""
+import functools
 import json
 import os
 import shutil
 import stat
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import GOLDEN, generator, reference_model, worst
 from safetensors.torch import load_file, save_file
 
-import model as model_file
 from lora import ADAPTER, add_lora, init_lora, lora_modules, save_trained
 from model import LLaDA, save_weights
 from tools import merge as merge_file
@@ -25,7 +26,8 @@ def base(tmp_path, monkeypatch):
     folder = tmp_path / "base"
     folder.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(model_file, "MAX_SHARD_BYTES", 150_000)
+        small = functools.partial(huggingface_hub.save_torch_state_dict, max_shard_size=150_000)
+        patch.setattr(huggingface_hub, "save_torch_state_dict", small)
         save_weights(reference_model("llada_mha"), folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "modeling_llada.py"):
         (folder / name).write_text(f"{name} of the base")
@@ -145,7 +147,7 @@ FAULTS = {  # name: (what happens to an adapter of rank 4, words of the message)
     "infinite": (set_tensors(lambda k, v: {k: v / 0}), "NaN, Inf"),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
     "no tensors": (lambda folder: (folder / ADAPTER).unlink(), "holds no weights"),
-    "no safetensors": (lambda folder: (folder / ADAPTER).write_text("version https://git-lfs"), "download complete"),
+    "no safetensors": (lambda folder: (folder / ADAPTER).write_text("version https://git-lfs"), "git lfs pull"),
     "no rank": (set_config(r=None), "r = None"),
     "NaN": (set_config(lora_alpha=float("nan")), "lora_alpha = nan"),
     "huge": (set_config(lora_alpha=1e40), "lora_alpha = 1e.40"),

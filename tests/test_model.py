@@ -1,8 +1,10 @@
 """model.py against the reference tensors (tests/golden/README.md), float64 and brute force; checkpoints in and out."""
+import functools
 import json
 import shutil
 import weakref
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import GOLDEN, MASK_ID, ROOT, generator, reference_model, tensors, worst
@@ -102,11 +104,6 @@ def test_keep_equals_choosing_from_all_logits():
     assert model(ids, keep=torch.zeros_like(masked)).shape == (0, 512)
 
 
-def test_a_too_long_input_is_a_plain_error():
-    with pytest.raises(ValueError, match="129 tokens exceed config.max_sequence_length=128"):
-        reference_model("llada_mha")(torch.zeros(1, 129, dtype=torch.int64))
-
-
 # ---------------------------------------------------------------- scoring tokens in chunks
 
 @pytest.mark.parametrize("tokens", [(), (3,)])
@@ -190,12 +187,9 @@ def test_llada_8b_has_the_published_names_and_shapes():
     assert sum(p.numel() * 2 for p in model.parameters()) == 16_031_162_368  # the index's total_size, bfloat16
 
 
-def test_config_fills_in_nulls_and_keeps_the_file(tmp_path):
-    config = make_config(tmp_path, n_kv_heads=None, embedding_size=None, mlp_hidden_size=None, unknown={"a": [1]})
-    assert (config.n_kv_heads, config.embedding_size, config.mlp_hidden_size) == (4, 512, 4 * 64)
+def test_config_keeps_the_file(tmp_path):
+    config = make_config(tmp_path, unknown={"a": [1]})
     assert config.raw["unknown"] == {"a": [1]} and config.head_dim == 16
-    assert make_config(tmp_path, mlp_ratio=None).mlp_hidden_size == 176
-    assert make_config(tmp_path, mlp_ratio=7).mlp_hidden_size == 176  # the ratio only counts without a size
     assert make_config(tmp_path, removed=["alibi", "rope", "init_std"]).init_std == 0.02  # absent: the usual value
 
 
@@ -230,21 +224,18 @@ FAULTS = {  # name: (what happens to a good folder, words of the message)
     "another shape": (set_config(mlp_hidden_size=160), r"0.ff_out.weight is \[64, 176\], the model needs \[64, 160\]"),
     "a tensor missing": (set_tensor(lambda t: None), f"{UP} is missing"),
     "layers too many": (set_config(n_layers=1), "blocks.1.attn_norm.weight is .* no such tensor"),
-    "a shard missing": (lambda f: (f / SHARD).unlink(), f"{SHARD}: .*incomplete"),
+    "a shard missing": (lambda f: (f / SHARD).unlink(), "blocks.0.ff_norm.weight is missing"),
+    "shards of two models": (lambda f: shutil.copy(f / SHARD, f / "model.safetensors"), "is in another file, too"),
     "a shard cut": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-100]), f"{SHARD}: .*incomplete"),
     "an LFS pointer": (write(SHARD, "version https://git-lfs"), f"{SHARD}: .*git lfs pull"),
-    "a shard outside": (move_shard_out, f'/checkpoint/{SHARD}"?: .*incomplete'),
-    "an index not JSON": (write(INDEX, "version https://git-lfs"), f"{INDEX}: expected a JSON object"),
-    "an index without files": (write(INDEX, "{}"), f"{INDEX}: .*weight_map"),
-    "an index of lists": (write(INDEX, '{"weight_map": [1]}'), f"{INDEX}: .*weight_map"),
-    "an index of numbers": (write(INDEX, '{"weight_map": {"a": 3}}'), "No such file"),
-    "neither shards nor file": (lambda f: (f / INDEX).unlink(), "model.safetensors: .*pickle .*convert it to"),
-    "a renamed pickle": (lambda f: torch.save(torch.ones(9), f / SHARD), f"{SHARD}: .*pickle"),
-    "whole numbers": (set_tensor(lambda t: t.to(torch.int8)), f"{UP} holds .*no floats"),
+    "a shard outside": (move_shard_out, "blocks.0.ff_norm.weight is missing"),
+    "neither shards nor file": (lambda f: [p.unlink() for p in f.glob("*.safetensors")], "has no model.*pickle"),
+    "a renamed pickle": (lambda f: torch.save(torch.ones(9), f / SHARD), f"{SHARD}: "),
+    "whole numbers": (set_tensor(lambda t: t.to(torch.int8)), f"{UP} holds .*single bytes"),
     "eight bits": (set_tensor(lambda t: t.to(torch.float8_e4m3fn)), f"{UP} "),
     "NaN": (set_tensor(lambda t: t * float("nan")), f"{UP} holds NaN"),
     "Inf": (set_tensor(lambda t: -t / 0), f"{UP} holds NaN, Inf"),
-    "no size": (set_config(mlp_ratio=None, mlp_hidden_size=None), "config.json: mlp_hidden_size"),
+    "no size": (set_config(mlp_hidden_size=None), "config.json: mlp_hidden_size"),
     **{f"{field} = {value!r}": (set_config(**{field: value}), rf"config.json: .*{field}") for field, value in [
         ("model_type", "llama"), ("model_type", None), ("alibi", True), ("clip_qkv", 8), ("residual_dropout", 0.1),
         ("rope", False), ("block_group_size", 2), ("mask_token_id", None), ("mask_token_id", 512),
@@ -294,10 +285,10 @@ def test_a_saved_model_has_the_published_tensors_and_layout(name, tmp_path, monk
     published = load_file(GOLDEN / name / SHARD) | load_file(GOLDEN / name / SHARD.replace("2-of", "1-of"))
     dtype = published[UP].dtype
     model = LLaDA.from_pretrained(GOLDEN / name, dtype=dtype)
-    monkeypatch.setattr(model_module, "MAX_SHARD_BYTES", 150_000)
-    save_weights(model, tmp_path, is_writer=False)
-    assert not list(tmp_path.iterdir())
-    save_weights(model, tmp_path)
+    small = functools.partial(huggingface_hub.save_torch_state_dict, max_shard_size=150_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "save_torch_state_dict", small)
+        save_weights(model, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(path.stat().st_size < 155_000 for path in files)
@@ -306,7 +297,6 @@ def test_a_saved_model_has_the_published_tensors_and_layout(name, tmp_path, monk
     assert index["weight_map"] == {tensor: path.name for path in files for tensor in load_file(path)}
     again = LLaDA.from_pretrained(tmp_path, dtype=dtype)
     assert again.config == model.config and again.config.raw == json.loads((GOLDEN / name / "config.json").read_text())
-    monkeypatch.setattr(model_module, "MAX_SHARD_BYTES", 10 ** 9)
     save_weights(again, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     saved = load_file(tmp_path / "model.safetensors")

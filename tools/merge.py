@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from any work
 
 from lora import ADAPTER, LORA_TARGETS, adapter_parameters, add_lora, lora_modules  # noqa: E402
 from model import (Config, LLaDA, at_least_float32, find_checkpoint, load_tensors, load_weights,  # noqa: E402
-                   read_json, write_json)
+                   open_tensors, read_json, write_json)
 
 PLAIN_LORA = {  # fields of PEFT's config: another value changes what the adapter computes, or its base
     "peft_type": ["LORA"], "use_rslora": [False], "use_dora": [False], "alpha_pattern": [{}, None],
@@ -62,14 +61,6 @@ def load_adapter(model, folder):
     return factors
 
 
-def open_tensors(path):
-    """safetensors.safe_open, where a file that it cannot read ends the program in one line."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise SystemExit(f"error: {path}: {error}: is the download complete?") from None
-
-
 def fold_in(modules, factors, tensors):
     """Add scale * B A to the adapted matrices in `tensors`, summed in float32 or wider and rounded once."""
     for name, module in modules.items():
@@ -84,9 +75,10 @@ def fold_in(modules, factors, tensors):
 
 def shard_files(folder):
     """The files that hold the weights of a model folder."""
-    index = folder / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return [folder / Path(name).name for name in sorted(names)]
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths:
+        raise SystemExit(f"error: {folder} has no model*.safetensors: is it a model, and the download complete?")
+    return paths
 
 
 def find_tensors(folder):
