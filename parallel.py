@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -24,12 +25,13 @@ PARALLEL_OPTIONS = DEVICE_OPTIONS | {
     "checkpoint_activations": (False, False, "recompute the blocks in the backward pass"),
     "replicas": (1, 1, "copies of the model, each sharded over processes / replicas"),
 }
-COUNTS = {"steps", "prompts_per_step", "batch_size", "num_iterations", "microbatch",
-          "rollout_batch", "replicas"}  # options that must be at least 1
+POSITIVE = {"steps", "prompts_per_step", "batch_size", "num_iterations", "microbatch", "timeout",
+            "rollout_batch", "replicas", "lr", "lora_alpha", "grad_clip"}  # options that cannot be 0
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP  # torchrun passes them on
 
 
 class Stopped(SystemExit):
-    """SIGTERM or Ctrl-C asked the program to end. 143 is a shell's exit code for that."""
+    """A signal asked the program to end. 143 is a shell's exit code for that."""
 
 
 @dataclass
@@ -67,7 +69,8 @@ class Processes:
     def print(self, text):
         """Print on the main process, above its progress bar."""
         if self.is_main:
-            tqdm.write(text)  # stdout, flushed by line
+            with contextlib.suppress(BrokenPipeError):  # train on when `| head` has seen enough
+                tqdm.write(text)
 
     def bar(self, *args, **options):
         """A progress bar, on the main process, and there on a terminal alone."""
@@ -95,8 +98,8 @@ class Processes:
 def processes(args):
     """Join the job that torchrun started, or be alone. Gives a `Processes`."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not (name in COUNTS) <= value < 2 ** 32:
-            raise SystemExit(f"error: --{name} {value}: from {int(name in COUNTS)} to 2 ** 32")
+        if isinstance(value, (int, float)) and not (name in POSITIVE) * 1e-20 <= value < 2 ** 32:
+            raise SystemExit(f"error: --{name} {value}: choose a number above 0, below 2 ** 32")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -105,16 +108,19 @@ def processes(args):
     if world > 1:
         dist.init_process_group(timeout=timedelta(seconds=args.timeout))  # gloo, on GPUs also NCCL
     procs = Processes(rank, world, device, getattr(torch, dtype))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, procs.note_signal)  # torchrun passes them on
+    stops = {number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}  # by nohup
+    handlers = {number: signal.signal(number, procs.note_signal) for number in stops}
     try:
         yield procs
     except torch.OutOfMemoryError as error:
         error.add_note("Lower --rollout_batch or --microbatch; tools/plan.py tells what fits.")
         raise
+    except SystemExit as error:  # torchrun shows its text below its own traceback
+        ErrorHandler().record_exception(error)
+        raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if dist.is_initialized():  # not after an error: NCCL would wait here for the others
         dist.destroy_process_group()
 
@@ -179,13 +185,11 @@ def gathered(model):
             module.reshard()  # frees those of others
 
 
-def clip_and_step(optimizer, max_norm, loss, procs):
-    """Clip the gradients, update, clear them. Returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+def clip_and_step(optimizer, max_norm):
+    """Clip the gradients, which must be finite, update, clear. Returns the norm before that."""
+    weights = optimizer.param_groups[0]["params"]
+    norm = torch.nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if not norm.isfinite():  # on all processes alike
-        losses = procs.gather([float(loss)])
-        raise SystemExit(f"error: gradient norm {norm}, losses by rank {losses}: not updated")
     optimizer.step()
     optimizer.zero_grad()  # sets them to None
     return norm.item()

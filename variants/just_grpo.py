@@ -61,7 +61,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
             loss = -gains.sum() / (args.gen_length * max(1, teaching))
             (loss * procs.world).backward()  # FSDP averages over the processes, we want the sum
             total += loss.item()
-    log = {"loss": procs.sum(total), "grad_norm": clip_and_step(optimizer, args.grad_clip, loss.detach(), procs),
+    log = {"loss": procs.sum(total), "grad_norm": clip_and_step(optimizer, args.grad_clip),
            "zero_spread_fraction": 1 - teaching / (args.prompts_per_step * args.group_size)}
     for name, value in rows[0].items():
         if not isinstance(value, str):
