@@ -196,16 +196,14 @@ def evaluate(model, tokenizer, task, examples, procs, seed, *, rollout_batch, **
                              "ended": bool(length < len(rounds))})
     rows = sorted(procs.gather(rows), key=lambda row: row["index"])
     names = [*task.score("", examples[0]), "effective_tokens", "rounds"]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in names}, rows
-
-
-def print_samples(rows, procs):
-    """Print the first right and the first wrong completion, each cut to two lines."""
-    firsts = {row["accuracy"] == 1: row for row in reversed(rows)}
-    for is_right, row in sorted(firsts.items(), reverse=True):
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    procs.print(f"{means['accuracy']:.1%} of {len(rows)} problems right, "
+                f"temperature {sampling['temperature']}")
+    firsts = {"right" if row["accuracy"] == 1 else "wrong": row for row in reversed(rows)}
+    for verdict, row in sorted(firsts.items()):
         question = row["prompt"].rpartition("\n\n")[2]  # without the instructions
-        text = textwrap.shorten(f"{question} -> {row['completion']}", 148)
-        procs.print(f"  {'right' if is_right else 'wrong'}: {text}")
+        procs.print("  " + textwrap.shorten(f"{verdict}: {question} -> {row['completion']}", 150))
+    return means, rows
 
 
 def sampling_options(args):
@@ -248,15 +246,15 @@ def main(args, load=load_problems, generate=generate):
         room = model.config.max_sequence_length - args.gen_length  # for a prompt
         if args.prompt:
             [row] = encode_prompts([{"prompt": args.prompt}], tokenizer, room, procs)
+            sampling["on_step"] = procs.check_stop
             done = complete(model, tokenizer, [row["ids"]], [(args.seed, "answer")], **sampling)
             return print(done.texts[0])
         examples = load(args.task, args, tokenizer, room, procs)
         run = Run(time.strftime("sample-%m%d-%H%M%S"), args, procs)
+        run.compare(examples)
         task = TASKS[args.task]
         metrics, rows = evaluate(model, tokenizer, task, examples, procs, args.seed, **sampling)
         run.log(f"{args.task}_{args.gen_length}.jsonl", rows)
-        procs.print(f"{metrics['accuracy']:.1%} of {len(rows)} problems are right")
-        print_samples(rows, procs)
         return run.finish(gen_length=args.gen_length, problems=len(rows), **metrics)
 
 

@@ -205,14 +205,16 @@ def test_a_prompt_is_answered_and_watched_where_there_is_no_terminal(capsys):
 
 
 def test_a_right_and_a_wrong_completion_are_shown_in_two_lines_at_most(capsys):
-    rows = [{"prompt": f"Do it.\n\nNumber {i}\nTarget", "completion": "x\n" * 100, "accuracy": float(i > 1)}
-            for i in range(4)]
-    sample.print_samples(rows, ALONE)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" -> ")[0] for line in lines] == ["  right: Number 2 Target", "  wrong: Number 0 Target"]
-    assert all(len(line) <= 160 for line in lines)
-    sample.print_samples(rows[2:], ALONE)
-    assert capsys.readouterr().out.startswith("  right: ")
+    model, tokenizer = embedded()
+    examples = [{"prompt": f"Do it.\n\nNumber {i}\nTarget"} for i in range(4)]
+    examples = sample.encode_prompts(examples, tokenizer, 60, ALONE)
+    for threshold, verdicts in ((1, ["right: Number 2", "wrong: Number 0"]), (-1, ["right: Number 0"])):
+        task = SimpleNamespace(score=lambda text, example: {"accuracy": float(int(example["prompt"][15]) > threshold)})
+        sample.evaluate(model, tokenizer, task, examples, ALONE, 0, rollout_batch=4, temperature=0.9, **SHORT)
+        first, *lines = capsys.readouterr().out.splitlines()
+        assert first == f"{50 if threshold == 1 else 100:.1f}% of 4 problems right, temperature 0.9"
+        assert [line.split(" Target -> ")[0].strip() for line in lines] == verdicts
+        assert all(len(line) <= 152 for line in lines)
 
 
 def test_the_folder_of_a_run_means_its_newest_checkpoint_and_its_preset(tmp_path):
@@ -237,7 +239,7 @@ def test_an_adapter_answers_like_the_model_into_which_it_is_merged(tmp_path):
         rows.append([row["completion"] for row in read_rows(tmp_path / 'of' / name / "countdown_32.jsonl")])
     assert rows[0] == rows[1] != rows[2]
     config = json.loads((out / "step_000001" / "adapter_config.json").read_text())
-    for odd in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"rank_pattern": {"q_proj": 2}}):
+    for odd in ({"use_rslora": True}, {"init_lora_weights": "pissa"}, {"alpha_pattern": {"q_proj": 2}}):
         (out / "step_000001" / "adapter_config.json").write_text(json.dumps(config | odd))
         with pytest.raises(SystemExit, match="^error: --adapter [^\n]*only plain LoRA is supported$"):
             call(f"--prompt x --adapter {out}")

@@ -89,12 +89,13 @@ def main(args):
     question = args.prompt.rpartition("\n\n")[2]  # without the instructions
     tokenizer = Tokenizer.from_folder(find_checkpoint(args.model))
 
-    def generate(model, prompt, *inputs, **options):
-        def on_step(x, committed_at):  # (1, T) both
+    def generate(model, prompt, *inputs, on_step, **options):
+        def show_round(x, committed_at):  # (1, T) both
+            on_step()  # where a signal ends the program
             completion = x[0, prompt.shape[1]:], committed_at[0, prompt.shape[1]:]  # (L,) both
             canvases.append(completion[0])
             show(tokenizer, question, args.diffusion_steps, *completion)
-        return sample.generate(model, prompt, *inputs, on_step=on_step, **options)
+        return sample.generate(model, prompt, *inputs, on_step=show_round, **options)
 
     sample.main(args, generate=generate)  # prints the answer
     if example:
