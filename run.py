@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from d1 import generator
 from data.tokenizer import Tokenizer
 from lora import add_lora, init_lora, load_trained, save_trained
-from model import (TINY, Config, LLaDA, checkpoints, find_checkpoint, load_weights, read_json,
-                   write_json)
+from model import (TINY, Config, LLaDA, checkpoints, find_checkpoint, load_weights, open_tensors,
+                   read_json, write_json)
 from parallel import PARALLEL_OPTIONS, Stopped, parallelise
 
 PRESETS = ("8b", "tiny")  # columns: what the authors do with LLaDA-8B, what suits data/tiny
@@ -37,6 +39,7 @@ def make_parser(argv, description, groups):
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]; --help lists them", description=description.partition("\n")[0],
         allow_abbrev=False, add_help=False, conflict_handler="resolve")
+    parser.suggest_on_error = True  # for a misspelt task, from Python 3.14 on
     parser.add_argument("--model", default="data/tiny", help="checkpoint folder or hub id")
     parser.add_argument("--preset", choices=PRESETS, help="defaults of LLaDA-8B or of data/tiny")
     parser.add_argument("--task")  # for the glance; the script adds its own
@@ -106,13 +109,26 @@ class Run:
             "options": options, "command": shlex.join(sys.argv), "commit": commit * (status == 0),
             "torch": torch.__version__, "device": self.device, "processes": self.procs.world})
 
-    def load(self, betas):
+    def compare(self, data):
+        """End where the processes differ in options, versions, data or files of the model."""
+        self.data = sum(zlib.crc32(repr(row).encode()) for row in enumerate(data))
+        sizes = [path.stat().st_size for path in sorted(self.checkpoint.glob("*.safetensors"))]
+        seen = {**vars(self.args), "torch": torch.__version__, "sizes of weights": sizes,
+                "checksum of data": self.data, "sight of --out": self.out.exists()}
+        everyone = self.procs.gather([{f"{name} {value}" for name, value in seen.items()}])
+        common = set.intersection(*everyone)
+        faults = [f"rank {rank} has {sorted(has - common)}" for rank, has in enumerate(everyone)]
+        if any(has != common for has in everyone):
+            raise SystemExit(f"error: {', '.join(faults)}" if self.procs.is_main else 1)
+
+    def load(self, betas, data):
         """The model to train and its optimizer, as the newest checkpoint has them, if any."""
         args, procs = self.args, self.procs
+        self.compare(data)
         self.model = self.load_model()
         weights = [p for p in self.model.parameters() if p.requires_grad]  # in float32
-        decay = args.weight_decay
-        self.optimizer = torch.optim.AdamW(weights, args.lr, betas, weight_decay=decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            weights, args.lr, betas, weight_decay=args.weight_decay, fused=True)
         procs.print(f"{sum(p.numel() for p in weights):,} weights to train, preset {args.preset}, "
                     f"{procs.world} x {procs.device}, {procs.dtype}")
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process
@@ -198,17 +214,19 @@ class Run:
     def restore(self):
         """Go on from the newest checkpoint, if any. Drops log lines behind it: they come again."""
         folders = checkpoints(self.out)
-        whole = [folder for folder in folders if is_whole(folder)]
-        if folders and not whole:
-            raise SystemExit(f"error: --out {self.out} has only damaged checkpoints: remove them")
-        if folders != whole:
-            damaged = [folder.name for folder in folders if folder not in whole]
-            self.procs.print(f"skipped {' '.join(damaged)}: files are missing or of another size")
+        whole = list(filter(is_whole, folders))
+        others = " ".join(folder.name for folder in folders if folder not in whole)
+        if others:
+            self.procs.print(f"skipped {others}: a copy, or files are missing or damaged")
+        if others and not whole:
+            raise SystemExit(f"error: --out {self.out} has no whole checkpoint: remove {others}")
         for folder in self.procs.gather(whole[-1:])[:1]:  # all processes take the same
+            record = read_json(folder / "files.json")
+            if record["data"] != self.data:
+                raise SystemExit(f"error: --out {self.out} was run on other data: restore it")
             load_trained(self.model, folder)  # weights or adapters
             state = optimizer_state(self.model, self.optimizer)  # filled in place
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(f"{folder}/optimizer"))
-            record = read_json(folder / "files.json")
             self.step, self.logs = record["step"], record["logs"]
             self.started -= 60 * record["minutes"]  # its earlier lives
             self.procs.print(f"resumed from {folder}")
@@ -219,42 +237,39 @@ class Run:
     def save(self):
         """Write the checkpoint of self.step, unless it is there; remove all but the newest two."""
         folder = self.out / f"step_{self.step:06d}"
-        if any(self.procs.gather([is_whole(folder)])):
-            return
-        unfinished = folder.with_suffix(".tmp")
+        if not self.step or any(self.procs.gather([is_whole(folder)])):
+            return  # nothing is new
+        draft = folder.with_suffix(".tmp")
         if self.procs.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a life that was cut short
-            unfinished.mkdir()
+            shutil.rmtree(draft, ignore_errors=True)  # of a life that was cut short
+            draft.mkdir()
         self.procs.gather([])  # wait: the others write into this folder
-        save_trained(self.model, unfinished, self.args.model, self.procs.is_main)
+        save_trained(self.model, draft, self.args.model)
         # not consolidated: torch 2.13 then writes 0 into tensors without dimensions
-        writer = dcp.HuggingFaceStorageWriter(f"{unfinished}/optimizer", save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(f"{draft}/optimizer", save_distributed=True)
         dcp.save(optimizer_state(self.model, self.optimizer), storage_writer=writer)
         if self.procs.is_main:
-            self.tokenizer.save(unfinished)
-            record = self.now | {"logs": self.logs, "files": file_sizes(unfinished)}
-            write_json(unfinished / "files.json", record)  # last: it tells all others
-            mode = (unfinished / "files.json").stat().st_mode  # the umask's; safetensors' is 0600
-            for path in (*unfinished.rglob("*"), unfinished):
+            self.tokenizer.save(draft)
+            record = self.now | {"logs": self.logs, "data": self.data, "files": file_sizes(draft)}
+            write_json(draft / "files.json", record)  # last: it tells all others
+            mode = (draft / "files.json").stat().st_mode  # the umask's; safetensors' is 0600
+            for path in (*draft.rglob("*"), draft):
                 path.chmod(mode | path.stat().st_mode & 0o111)
-                sync(path)  # before the name says so
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-            unfinished.rename(folder)  # so it is whole, or absent
-            sync(self.out)
+            os.sync()  # the logs, too, before the name says so
+            if folder.exists():  # a damaged one
+                folder.rename(f"{folder}.{time.time_ns()}")
+            draft.rename(folder)  # so it is whole, or absent
+            os.sync()
             for old in list(filter(is_whole, checkpoints(self.out)))[:-2]:
                 shutil.rmtree(old)
         self.procs.gather([])  # wait: until it is on the disk
 
 
 def optimizer_state(model, optimizer):
-    """AdamW's state, {"<parameter>/exp_avg": tensor, ...}; zeros before the first update."""
-    state = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad and not optimizer.state[p]:
-            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-        state |= {f"{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
-    return state
+    """AdamW's own tensors, {"state.<parameter>.exp_avg": tensor, ...}, not copies."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def file_sizes(folder):
@@ -264,13 +279,12 @@ def file_sizes(folder):
 
 
 def is_whole(folder):
-    """Whether all files of a checkpoint are there, with the sizes in files.json."""
-    listing = folder / "files.json"
-    return listing.exists() and read_json(listing)["files"].items() <= file_sizes(folder).items()
-
-
-def sync(path):
-    """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)  # works for folders too
-    os.fsync(handle)
-    os.close(handle)
+    """Whether a checkpoint has its own name, and all its files with sizes and headers."""
+    try:
+        record = read_json(folder / "files.json")
+        for path in folder.rglob("*.safetensors"):
+            open_tensors(path)
+    except SystemExit:
+        return False
+    is_copy = folder.name != f"step_{record.get('step', 0):06d}"
+    return not is_copy and record["files"].items() <= file_sizes(folder).items()

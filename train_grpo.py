@@ -24,14 +24,14 @@ from lora import adapters_off
 from parallel import PARALLEL_OPTIONS, clip_and_step, gathered, processes
 from run import RUN_OPTIONS, Run, make_parser
 from sample import (SAMPLING, check_schedule, complete, encode_prompts, evaluate, generate,
-                    pad_left, print_samples, sampling_options)
+                    pad_left, sampling_options)
 
 OPTIONS = {  # option: (for LLaDA-8B as the authors have it, for the embedded model, what it is)
     "problems": {
         "data": ("", "", "training problems: file, d1's dataset folder, dataset id; or its own"),
         "eval_data": ("", "", "held-out problems; or --data where that is no file; or the task's"),
-        "eval_count": (256, 256, "held-out problems in an evaluation"),
-        "eval_every": (50, 10, "steps between evaluations"),
+        "eval_count": (256, 256, "held-out problems in an evaluation, 0: none"),
+        "eval_every": (50, 10, "steps between evaluations, 0: only at the end"),
     },
     "rollouts": {
         "steps": (625, 20, "rollouts, each of which serves num_iterations updates"),
@@ -42,11 +42,11 @@ OPTIONS = {  # option: (for LLaDA-8B as the authors have it, for the embedded mo
     },
     "updates": {
         "num_iterations": (8, 4, "mu, updates per rollout"),
-        "p_mask_prompt": (0.15, 0.15, "share of the prompt's tokens that an update hides"),
-        "epsilon": (0.5, 0.5, "clip range of the ratio"),
-        "beta": (0.04, 0.04, "weight of the KL term"),
+        "p_mask_prompt": (0.15, 0.15, "share of prompt tokens that an update hides, 0: none"),
+        "epsilon": (0.5, 0.5, "clip range of the ratio, 0: clip at 1"),
+        "beta": (0.04, 0.04, "weight of the KL term, 0: no reference policy"),
         "lr": (3e-6, 5e-5, "learning rate, constant"),
-        "weight_decay": (0.1, 0.1, "of AdamW"),
+        "weight_decay": (0.1, 0.1, "of AdamW, 0: none"),
         "grad_clip": (0.2, 0.2, "largest norm of the gradient"),
         "microbatch": (1, 16, "prompts in a forward and backward pass of a process"),
         "lora_r": (128, 0, "rank of the adapters, 0 trains all weights"),
@@ -176,7 +176,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
             loss, shares = objective(logps, *next(scored), batch, masked, args)
             (loss * procs.world).backward()  # FSDP averages over the processes, we want the sum
             stats.append({"loss": loss.detach(), **shares})
-        grad_norm += clip_and_step(optimizer, args.grad_clip, loss, procs) / mu
+        grad_norm += clip_and_step(optimizer, args.grad_clip) / mu
     log = {name: procs.sum(sum(shares[name] for shares in stats)) / mu for name in stats[0]}
     no_spread = procs.sum((rollout.advantages.abs() < 1e-6).all(1).sum())  # they teach nothing
     log["zero_spread_fraction"] = no_spread / args.prompts_per_step
@@ -190,10 +190,9 @@ def load_prompts(run, args, procs):
     """Training and held-out examples with the tokens of their prompts."""
     task, room = TASKS[args.task], run.config.max_sequence_length - args.gen_length
     examples = task.load("train", data=args.data or None, seed=args.seed)
-    examples = encode_prompts(examples, run.tokenizer, room, procs)
     source = args.eval_data or ("" if Path(args.data).is_file() else args.data)
     held_out = task.load("test", data=source or None, count=args.eval_count)
-    return examples, encode_prompts(held_out, run.tokenizer, room, procs)
+    return [encode_prompts(rows, run.tokenizer, room, procs) for rows in (examples, held_out)]
 
 
 def evaluate_policy(run, model, held_out, args, procs, generate):
@@ -202,12 +201,9 @@ def evaluate_policy(run, model, held_out, args, procs, generate):
     for temperature in (args.temperature, 0.0):
         setup = sampling_options(args) | {"temperature": temperature, "generate": generate}
         with gathered(model):
-            means, rows = evaluate(model, run.tokenizer, task, held_out, procs, args.seed, **setup)
-        accuracy = means["accuracy"]
-        procs.print(f"step {run.step}: {accuracy:.1%} of held-out problems right, {temperature=}")
+            means, _ = evaluate(model, run.tokenizer, task, held_out, procs, args.seed, **setup)
         metrics = metrics or {f"held_out_{name}": mean for name, mean in means.items()}
-    print_samples(rows, procs)
-    return {**metrics, "held_out_greedy": accuracy}  # of the second round
+    return {**metrics, "held_out_greedy": means["accuracy"]}  # of the second round
 
 
 def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
@@ -221,7 +217,7 @@ def main(args, draw=draw_prompt_masks, log_probs=one_step, objective=diffu_grpo,
         procs.share(args.prompts_per_step, "--prompts_per_step")
         run = Run("train_grpo", args, procs, may_change=["steps"])
         examples, held_out = load_prompts(run, args, procs)
-        model, optimizer = run.load(betas=(0.9, 0.99))
+        model, optimizer = run.load((0.9, 0.99), examples + held_out)
         frozen = model  # below its adapters
         if args.beta and not args.lora_r:
             frozen = run.load_model(is_trained=False)  # a copy as large as the model

@@ -28,13 +28,13 @@ OPTIONS = {  # option: (for LLaDA-8B as the authors have it, for the embedded mo
         "batch_size": (8, 64, "rows of an update, over all processes"),
         "microbatch": (1, 64, "rows in a forward and backward pass of a process"),
         "lr": (1e-5, 2e-3, "learning rate, decays linearly to 0"),
-        "warmup": (0, 100, "updates of linear warm-up"),
-        "weight_decay": (0.1, 0.1, "of AdamW"),
+        "warmup": (0, 100, "updates of linear warm-up, 0: none"),
+        "weight_decay": (0.1, 0.1, "of AdamW, 0: none"),
         "grad_clip": (1.0, 1.0, "largest norm of the gradient"),
         "lora_r": (128, 0, "rank of the adapters, 0 trains all weights"),
         "lora_alpha": (256.0, 256.0, "the scale of the adapters is alpha / r"),
         "lora_targets": ("q_proj k_proj v_proj", "q_proj k_proj v_proj", "adapted matrices"),
-        "eval_every": (100, 250, "updates between losses on held-out rows"),
+        "eval_every": (100, 250, "updates between losses on held-out rows, 0: only at the end"),
     },
     "run": RUN_OPTIONS,
     "processes": PARALLEL_OPTIONS,
@@ -49,20 +49,17 @@ def parse_args(argv=None):
 
 def encode_rows(examples, tokenizer, max_length, args, procs):
     """(ids, prompt length) of each row. Empty rows and too long rows are skipped and counted."""
-    rows, too_long = [], 0
+    rows = []
     for example in procs.bar(examples, "encode", leave=False):
         prompt = tokenizer.encode_prompt(example["prompt"])  # chat format, up to the answer
         ids = prompt + tokenizer.encode_completion(example["completion"])
-        too_long += len(ids) > max_length
         if args.truncate:
             ids = ids[:max_length]
-        has_target = example["completion"].strip() and len(prompt) < len(ids)
-        if has_target and len(ids) <= max_length:
+        if example["completion"].strip() and len(prompt) < len(ids) <= max_length:
             ids += [tokenizer.eos_id] * (args.gen_length - (len(ids) - len(prompt)))
             rows.append((ids, len(prompt)))
-    if too_long or len(rows) < len(examples):
-        skipped = len(examples) - len(rows)
-        procs.print(f"{too_long} rows of more than {max_length} tokens; skipped {skipped} rows")
+    if len(rows) < len(examples):
+        procs.print(f"skipped {len(examples) - len(rows)} rows, empty or over {max_length} tokens")
     if len(rows) <= args.batch_size:
         raise SystemExit(f"error: only {len(rows)} usable rows for --batch_size {args.batch_size}")
     return rows
@@ -115,7 +112,7 @@ def train_step(step, model, optimizer, rows, tokenizer, args, procs, weigh=sft_w
     warmed_up = min(1.0, (step + 1) / max(1, args.warmup))
     lr = args.lr * warmed_up * (1 - step / args.steps)  # linear up, linear down to 0
     optimizer.param_groups[0]["lr"] = lr
-    grad_norm = clip_and_step(optimizer, args.grad_clip, loss, procs)
+    grad_norm = clip_and_step(optimizer, args.grad_clip)
     return {"loss": procs.sum(loss), "lr": lr, "grad_norm": grad_norm}
 
 
@@ -146,7 +143,7 @@ def main(args, weigh=sft_weights):
         order = torch.randperm(len(rows), generator=generator(args.seed, "held out")).tolist()
         count = min(256, max(1, len(rows) // 100))  # the authors hold out 1%, too
         held_out, rows = [rows[i] for i in order[:count]], [rows[i] for i in order[count:]]
-        model, optimizer = run.load(betas=(0.9, 0.999))
+        model, optimizer = run.load((0.9, 0.999), held_out + rows)
         procs.print(f"masked SFT on {len(rows)} rows, {len(held_out)} held out")
         with run:
             for step in range(run.step, args.steps + 1):

@@ -19,7 +19,6 @@ import lora
 import model as model_module
 import parallel
 import pretend_cuda
-import run
 import sample
 import train_grpo
 import train_sft
@@ -227,7 +226,6 @@ MUTANTS = [  # (function, text, what takes its place, the run that sees it)
     (train_grpo.draw_prompt_masks, ".to(procs.device)", ".cpu()", "grpo with LoRA"),
     (train_sft.rows_loss, ".to(device)", "", "sft, resumed"),
     (estimators.trajectory, ", device=snapshot.device", "", "trajectory"),
-    (run.optimizer_state, ", device=p.device", "", "sft, resumed"),
 ]
 
 

@@ -8,11 +8,12 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 
 import pytest
-from helpers import PROBLEMS, assert_same_run, read_rows, read_tensors, train
+from helpers import PROBLEMS, ROOT, assert_same_run, read_rows, read_tensors, run_script, train
 
 import train_grpo
 import train_sft
@@ -128,7 +129,7 @@ def test_a_signal_anywhere_leaves_a_checkpoint_and_costs_nothing(
     gc.collect()  # the traceback held the run, and so its lock
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
     assert f"step {steps}" in last_line and "--resume" in last_line
-    assert [path.name for path in (tmp_path / "run").glob("step_*")] == [f"step_{steps:06d}"]
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == [f"step_{steps:06d}"] * (steps > 0)
     start(name, tmp_path / "run", "--resume")
     assert_same_run(folder(name), tmp_path / "run")
 
@@ -146,6 +147,39 @@ def test_a_second_ctrl_c_ends_at_once():
             pass  # work that never looked is stopped at its end
         procs.check_stop()
     assert stopped.value.code == 143
+
+
+def test_a_hangup_stops_like_other_signals_but_not_under_nohup():
+    for handler, is_stopped in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            with processes(train_sft.parse_args(["--device", "cpu"])) as procs:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert procs.stop_wanted == is_stopped and signal.getsignal(signal.SIGHUP) == handler
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+def test_a_reader_that_closes_its_pipe_does_not_end_a_run(tmp_path):
+    words = f"--task countdown --count 200 --batch_size 8 --warmup 0 --lora_r 2 --steps 6 --out {tmp_path / 'run'}"
+    run = subprocess.Popen([sys.executable, "-u", "train_sft.py", *words.split()], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.readline()
+    run.stdout.close()
+    assert "Traceback" not in run.communicate()[1] and run.returncode == 0
+    assert (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "step_000006").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_our_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    words = ("-m", "torch.distributed.run", "train_sft.py", "--task", "countdown", "--device", "cpu")
+    run = run_script(*words, "--out", tmp_path)
+    assert run.returncode == 1
+    *_, last, border = [line for line in run.stderr.splitlines() if line.strip()]
+    assert last.endswith(f"error: --out {tmp_path} holds a run: continue it with --resume, or name another folder")
+    assert set(border) == {"="}
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -168,13 +202,22 @@ def remove(path):
     path.unlink()
 
 
+def overwrite(path):
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def empty(path):
+    path.write_text("{}")
+
+
 def cut_short(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
 @pytest.mark.parametrize("damage, file", [
     (cut_short, "adapter_model.safetensors"), (remove, "adapter_model.safetensors"), (remove, "files.json"),
-    (remove, "tokenizer.json"), (cut_short, "optimizer/*.safetensors")])
+    (overwrite, "files.json"), (empty, "files.json"), (overwrite, "adapter_model.safetensors"),
+    (overwrite, "optimizer/*.safetensors"), (remove, "tokenizer.json"), (cut_short, "optimizer/*.safetensors")])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(crash, capsys, damage, file):
     out, resume, expected = crash
     [path] = (out / "step_000002").glob(file)
@@ -189,14 +232,15 @@ def test_without_a_sound_checkpoint_nothing_is_overwritten(crash):
     for path in out.glob("step_*/files.json"):
         path.unlink()
     before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match="^error: --out"):
+    with pytest.raises(SystemExit, match="^error: --out [^\n]*: remove step_000001 step_000002$"):
         resume()
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_folders_with_other_names_are_nobodys_business(crash):
     out, resume, expected = crash
-    names = ("step_best", "step_best2", "step_000001_v1", "step_9", "step_000009.tmp.old", "xstep_000007")
+    names = ("step_best", "step_best2", "step_000001_v1", "step_9", "step_000009.tmp.old", "xstep_000007",
+             "step_000007", "step_000008", "step_0000002")  # copies under the names of other steps
     for name in names:
         shutil.copytree(out / "step_000001", out / name)
     (out / "step_1000000").mkdir()  # a step like any other, and damaged
@@ -207,6 +251,28 @@ def test_folders_with_other_names_are_nobodys_business(crash):
     for name in names:
         shutil.rmtree(out / name)
     assert_same_run(expected, out)
+
+
+def test_a_folder_in_the_way_of_a_checkpoint_is_set_aside(crash):
+    out, resume, expected = crash
+    (out / "step_000003").mkdir()
+    (out / "step_000003" / "notes").write_text("mine")
+    resume()
+    assert [path.read_text() for path in out.glob("step_000003.*/notes")] == ["mine"]
+    shutil.rmtree(next(out.glob("step_000003.*")))
+    assert_same_run(expected, out)
+
+
+def test_a_resumed_run_notices_that_its_data_changed(tmp_path):
+    rows, options = tmp_path / "rows.jsonl", f"--data {tmp_path / 'rows.jsonl'} --lora_r 2 --save_every 1 --steps"
+    for answer in "bc":
+        rows.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": answer}) + "\n" for i in range(70)))
+        if answer == "b":
+            train(train_sft, tmp_path / "run", f"{options} 2")
+    shutil.rmtree(tmp_path / "run" / "step_000002")
+    with pytest.raises(SystemExit, match="^error: --out [^\n]* was run on other data[^\n]*$"):
+        train(train_sft, tmp_path / "run", f"{options} 2 --resume")
+    assert not (tmp_path / "run" / "step_000002").exists()
 
 
 def test_files_are_as_readable_as_the_umask_says(uninterrupted, tmp_path):

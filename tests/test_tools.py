@@ -1,5 +1,6 @@
 """Programs of tools/ that measure: the 8B script in small, and what the soak reads."""
 import json
+import random
 import subprocess
 import sys
 
@@ -26,13 +27,13 @@ def test_a_tool_runs_by_itself_from_any_folder(name, tmp_path):
     assert run.returncode == 0 and run.stdout.startswith("usage:"), run.stderr
 
 
-def test_the_soak_counts_steps_and_leaves_out_evaluations_and_a_torn_line(tmp_path):
-    assert soak.logged_steps(tmp_path) == []
+def test_the_soak_reads_losses_and_leaves_out_evaluations_and_a_torn_line(tmp_path):
+    assert soak.logged_losses(tmp_path) == []
     rows = [{"step": 0, "held_out_loss": 2.0}, {"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.9},
             {"step": 2, "held_out_loss": 1.5}, {"step": 3, "loss": 0.8}]
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
-    assert soak.logged_steps(tmp_path) == [1, 2, 3]
+    assert soak.logged_losses(tmp_path) == [(1, 1.0), (2, 0.9), (3, 0.8)]
 
 
 @pytest.mark.parametrize("steps, is_broken", [([], False), ([1, 2, 3], False), ([1, 3], True), ([1, 2, 2], True)])
@@ -49,8 +50,18 @@ def test_the_soak_reads_where_a_life_began(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_soak_kills_a_run_and_notices_a_run_that_ended_by_itself(tmp_path):
+def test_the_soak_ends_a_life(tmp_path):
     sleeper = [sys.executable, "-c", "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"]
-    assert soak.live(sleeper, tmp_path / "log", 1.0, "SIGKILL to all", rng=None) is False
-    with pytest.raises(SystemExit, match="^error: the run ended by itself"):
-        soak.live([sys.executable, "-c", ""], tmp_path / "log", 0.5, "SIGKILL to all", rng=None)
+    job = soak.start(sleeper, tmp_path / "log")
+    soak.wait_for("at random", tmp_path, job, 1.0)
+    assert soak.end_life(job, "SIGKILL to all", rng=None) is False and job.poll() is not None
+
+
+def test_the_soak_copies_and_damages_the_newest_checkpoint_alone(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"step_{step:06d}").mkdir()
+        (tmp_path / f"step_{step:06d}" / "a.safetensors").write_bytes(b"12345")
+    (tmp_path / "metrics.jsonl").write_text("")
+    before = soak.contents(tmp_path / "step_000001")
+    deeds = {soak.meddle(tmp_path, random.Random(seed))[0] for seed in range(5)}
+    assert len(deeds) > 1 and soak.contents(tmp_path / "step_000001") == before

@@ -279,7 +279,7 @@ def test_a_reward_that_raises_keeps_its_traceback(tmp_path, monkeypatch):
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     def objective(logps, *_):
         return logps.sum() * float("nan"), {}
-    with pytest.raises(SystemExit, match="^error: [^\n]*gradient norm[^\n]* nan"):
+    with pytest.raises(RuntimeError, match="norm.* is non-finite"):
         train(train_grpo, tmp_path / "run", f"{QUICK} --save_every 1", objective=objective)
     assert not list((tmp_path / "run").glob("step_*"))
 
@@ -294,7 +294,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     ("--microbatch 0", "--microbatch 0"),
     ("--beta -1", "--beta"),
     ("--lr nan", "--lr"),
-    ("--lr inf", "--lr inf: from 0 to 2 ** 32"),
+    ("--lr inf", "--lr inf: choose a number above 0, below 2 ** 32"),
     ("--model nowhere", "--model nowhere: no such folder"),
     ("--data absent.jsonl", "--data absent.jsonl"),
     ("--gen_length 504 --diffusion_steps 63", "--gen_length"),

@@ -96,7 +96,7 @@ def encode(words, max_length):
 def test_rows_without_a_completion_and_long_rows_are_skipped_and_counted(data, capsys):
     rows = encode(f"--data {data} --batch_size 4 --gen_length 16", 100)
     assert len(rows) == 12 and all(len(ids) - prompt_length == 16 for ids, prompt_length in rows)
-    assert "1 rows of more than 100 tokens; skipped 2 rows" in capsys.readouterr().out
+    assert "skipped 2 rows, empty or over 100 tokens" in capsys.readouterr().out
     ids, prompt_length = rows[3]
     tokenizer = embedded()[1]
     assert ids[:prompt_length] == tokenizer.encode_prompt("Say 3")
@@ -107,7 +107,7 @@ def test_rows_without_a_completion_and_long_rows_are_skipped_and_counted(data, c
 def test_truncate_cuts_long_rows_where_that_leaves_a_target(data, capsys):
     rows = encode(f"--data {data} --batch_size 4 --truncate", 60)
     assert len(rows) == 13 and len(rows[-1][0]) == 60
-    assert "1 rows of more than 60 tokens; skipped 1 rows" in capsys.readouterr().out
+    assert "skipped 1 rows, empty or over 60 tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0 usable rows"):
         encode(f"--data {data} --batch_size 4 --truncate", 5)  # the prompts alone are longer
 
@@ -116,7 +116,7 @@ def test_no_row_is_longer_than_the_network(data, tmp_path, capsys):
     longest = embedded()[0].config.max_sequence_length
     data.write_text(data.read_text() + "\n" + json.dumps({"prompt": "longer", "completion": "7 * 3 " * longest}))
     train(train_sft, tmp_path / "run", f"--data {data} --batch_size 4 --steps 1 --max_length 4096")
-    assert f"2 rows of more than {longest} tokens; skipped 3 rows" in capsys.readouterr().out
+    assert f"skipped 3 rows, empty or over {longest} tokens" in capsys.readouterr().out
 
 
 def test_the_noise_of_a_row_depends_neither_on_its_batch_nor_on_its_padding():
