@@ -16,7 +16,7 @@ def load_demonstrations(tasks, split, data, count, seed):
         rows = read_rows(data, ("prompt", "completion"))
         for row in rows:
             if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
-                raise SystemExit(f"error: --data {data}, row {row['row']}: both must be text")
+                raise SystemExit(f"{row['where']} both must be text")
         return rows
     if data and len(tasks) > 1:
         raise SystemExit(f"error: --data {data} holds rows for one --task, not for {len(tasks)}")
