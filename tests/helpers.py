@@ -50,7 +50,7 @@ def generator(seed=0):
 
 
 def run_script(*words, processes=1, timeout=300, cwd=ROOT, **environment):
-    """Run a script to its end, from the repository unless `cwd` says otherwise. Returns a CompletedProcess with stdout and stderr as text."""
+    """Run a script from `cwd` to its end. Returns a CompletedProcess with stdout and stderr as text."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
