@@ -1,9 +1,11 @@
-"""The picture at the top of README.md: a canvas filling in, beside the curves of the run that trained its model.
+"""The picture at the top of README.md: a canvas filling in, beside the curves of
+the run that trained its model.
 
     python train_grpo.py --task countdown
-    python tools/picture.py runs/train_grpo-countdown        writes docs/figures/readme.png
+    python tools/picture.py runs/train_grpo-countdown
 
-The canvas is that of one held-out problem (--index), at temperature 0, after several of its rounds. Needs matplotlib.
+writes docs/figures/readme.png. The canvas is that of one held-out problem, at
+temperature 0, after several of its rounds. Needs matplotlib.
 """
 import argparse
 import sys

@@ -1,11 +1,13 @@
-"""Curves of training runs as one picture. Runs that differ in the seed alone are thin lines with their mean.
+"""Curves of training runs as one picture.
 
-    python tools/plot.py runs/train_grpo-countdown                       one run
-    python tools/plot.py runs/train_grpo-countdown --every 30            the same, drawn again every 30 seconds
-    python tools/plot.py runs/mu4-* runs/mu12-* --x minutes --out mu.svg a comparison, against wall-clock time
-    python tools/plot.py --docs                                          the pictures of docs/, from docs/results
+    python tools/plot.py runs/train_grpo-countdown               one run
+    python tools/plot.py runs/train_grpo-countdown --every 30    while it runs
+    python tools/plot.py runs/mu4-* runs/mu12-* --x minutes      a comparison
+    python tools/plot.py --docs                                  those of docs/
 
-Folders without steps, such as evaluations, are skipped and named. Needs matplotlib: pip install matplotlib
+Runs that differ in the seed alone are thin lines with their mean. Folders
+without steps, such as evaluations, are skipped and named. Needs matplotlib:
+pip install matplotlib
 """
 import argparse
 import json

@@ -1,11 +1,14 @@
 """Grade generations by the rules of the d1 authors, beside the paper's numbers.
 
-    python tools/regrade.py PATH...          files of generations, or folders of such files
-    python tools/regrade.py --published_prompts --task gsm8k --model MODEL [options of sample.py]
+    python tools/regrade.py PATH...
+    python tools/regrade.py --published_prompts --task gsm8k --model MODEL
 
-A file is the authors' (<task>_<model>_<length>_<steps>_<process>_generations.json; the files of all processes count
-as one evaluation) or ours (<task>_<length>.jsonl, from sample.py). --published_prompts evaluates a model with the
-authors' kind of prompt, begins every completion with <reasoning> as they do, and grades the completions.
+PATH is a file of generations, or a folder of such files: the authors', named
+<task>_<model>_<length>_<steps>_<process>_generations.json (the files of all
+processes count as one evaluation), or ours, named <task>_<length>.jsonl, from
+sample.py. --published_prompts takes the options of sample.py, and evaluates a
+model with the authors' kind of prompt; every completion begins with
+<reasoning>, as theirs do.
 """
 import argparse
 import json

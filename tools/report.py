@@ -1,8 +1,9 @@
-"""A run of train_grpo.py or train_sft.py on one page: settings, before and after, curves, three samples.
+"""A training run on one page: settings, before and after, curves, three samples.
 
-    python tools/report.py runs/train_grpo-countdown        writes report.md, and report.png, into that folder
+    python tools/report.py runs/train_grpo-countdown
 
-The curves need matplotlib (pip install matplotlib); without it a line of blocks takes their place.
+writes report.md, and report.png, into that folder. The curves need matplotlib
+(pip install matplotlib); without it a line of blocks takes their place.
 """
 import argparse
 import importlib.util
