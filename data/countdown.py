@@ -59,8 +59,7 @@ def read_problems(path, split="test"):
     if {"nums", "target"} <= rows[0].keys():
         rows = [row for row in rows if str(row["nums"]).count(",") == 2]
         if len(rows) <= HELD_OUT:
-            raise SystemExit(f"error: --data {path}: {len(rows)} rows have three numbers, and "
-                             f"{HELD_OUT} are held out")
+            raise SystemExit(f"error: --data {path}: needs over {HELD_OUT} rows of 3 numbers")
         order = numpy.random.default_rng(42).permutation(len(rows))
         order = order[-HELD_OUT:] if split == "test" else order[:-HELD_OUT]
         rows = [{**rows[i], "input": str(rows[i]["nums"]).strip("[]"), "output": rows[i]["target"]}

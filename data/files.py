@@ -60,8 +60,7 @@ def read_rows(path, *layouts):
             needed = " or ".join(map(", ".join, layouts))
             raise SystemExit(f"error: --data {path}, row {n}: no {absent[0]!r}, need {needed}")
         text = json.dumps(row, ensure_ascii=False, default=str)
-        broken = not text.isascii() and re.search("[\ud800-\udfff]", text)
-        if len(text) > MAX_ROW or broken:
+        if len(text) > MAX_ROW or not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise SystemExit(f"error: --data {path}, row {n}: too long, or a lone surrogate in it")
     return [{**row, "where": f"error: --data {path}, row {n}:"} for n, row in numbered]
 
@@ -73,7 +72,8 @@ def parse_file(path):
     try:
         if suffix == ".parquet":
             from pyarrow import parquet
-            return list(enumerate(parquet.read_table(path).to_pylist(), 1))
+            table = parquet.read_table(io.BytesIO(path.read_bytes()))
+            return list(enumerate(table.to_pylist(), 1))
         text = path.read_text(encoding="utf-8-sig")  # without the mark that spreadsheets write
         if suffix == ".json":
             rows = json.loads(text)
@@ -89,6 +89,8 @@ def parse_file(path):
         return numbered
     except ImportError:
         raise SystemExit(f"error: --data {path}: parquet needs pip install pyarrow") from None
-    except (OSError, ValueError, RecursionError, csv.Error) as error:  # none, or another kind
+    except OSError as error:
+        raise SystemExit(f"error: --data {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError, csv.Error) as error:  # another kind of file
         reason = str(error).splitlines()[0]
         raise SystemExit(f"error: --data {path}, row {n}: cannot be read ({reason})") from None

@@ -327,7 +327,8 @@ def test_a_bad_row_is_named(tmp_path, task, change, words):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("absent.csv", None, ["No such file"]), ("a.jsonl", "\r\n \r\n", ["no rows"]),
+    *[(f"absent.{kind}", None, [f"absent.{kind}: No such file"]) for kind in ("csv", "parquet")],
+    ("a.jsonl", "\r\n \r\n", ["no rows"]),
     ("a.csv", "Puzzle,Solution\n", ["no rows"]), ("a.json", "", ["row 1"]), ("a.json", "3", ["row 1", "'Puzzle'"]),
     ("a.jsonl", '{"Puzzle": 1, "Solution": 2}\n\nnot json', ["row 3"]), ("a.jsonl", "[" * 100_000, ["row 1"]),
     ("a.jsonl", '{"Puzzle": 1, "Solution": 2}\nnull', ["row 2", "'Puzzle'"]), ("a.jsonl", "5", ["row 1", "'Puzzle'"]),
@@ -361,7 +362,7 @@ def test_the_countdown_training_set_is_divided_as_the_authors_do(tmp_path):
     shuffled = [three[i] for i in numpy.random.default_rng(42).permutation(len(three))]
     assert [e["numbers"] for e in countdown.load("train", data=path)] == shuffled[:-500]
     assert [e["numbers"] for e in countdown.load("test", data=path)] == shuffled[-500:]
-    fails(lambda: countdown.load("train", data=write(path, *rows[:600])), path, "500 are held out")
+    fails(lambda: countdown.load("train", data=write(path, *rows[:600])), path, "over 500 rows of 3 numbers")
 
 
 def test_parquet(tmp_path, monkeypatch):
