@@ -30,7 +30,7 @@ def read_problem(row):
     question, solution = str(row["question"]).strip(), str(row["answer"])
     number = read_number(solution.rpartition("####")[2])
     if "####" not in solution or number is None:
-        raise SystemExit(f"{row['where']} the answer must end in '#### number': {solution[-40:]!r}")
+        raise SystemExit(f"{row['where']} answer must end in '#### number': {solution[-40:]!r}")
     prompt = f"{FORMAT}\n\n{QUESTION}\n\n{question}"
     return {"prompt": prompt, "question": question, "solution": solution, "answer": str(number)}
 
