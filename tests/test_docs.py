@@ -1,6 +1,7 @@
 """README and docs keep their word: links resolve, commands parse, functions and options exist, the README is short."""
 import importlib
 import re
+import runpy
 import shlex
 
 import pytest
@@ -85,6 +86,17 @@ def test_the_pictures_are_small():
 def test_the_readme_is_a_front_page():
     assert TEXTS["README.md"].count("\n") <= 170
     assert len(TEXTS["README.md"].split()) <= 1700
+
+
+def test_the_objective_of_the_readme_trains(tmp_path, monkeypatch):
+    [program] = re.findall("```python\n(import train_grpo\n.*?)```", TEXTS["README.md"], re.DOTALL)
+    (tmp_path / "reinforce.py").write_text(program, encoding="utf-8")
+    words = "--task countdown --steps 1 --prompts_per_step 4 --num_iterations 1 --eval_count 0 --diffusion_steps 8"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["reinforce.py", *words.split(), "--device", "cpu"])
+    runpy.run_path("reinforce.py")
+    [row] = read_rows(tmp_path / "runs" / "train_grpo-countdown" / "metrics.jsonl")
+    assert row["grad_norm"] > 0 and "kl" not in row  # which d1's objective logs
 
 
 @pytest.mark.slow
