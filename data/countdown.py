@@ -13,7 +13,7 @@ from data.files import find_file, read_rows
 from data.format import FORMAT, closed_answer, score_answer, write_completion
 
 HUB = ("Jiayi-Pan/Countdown-Tasks-3to4", "data/train-00000-of-00001.parquet")  # d1 trains on it
-NAMES = {"test": ("countdown_cd3_test.jsonl",)}  # in dataset/ of the d1 authors' repository
+FILES = {"train": ("countdown_train", *HUB), "test": ("countdown_cd3_test", *HUB)}
 HELD_OUT = 500  # rows of the training set
 PROBLEM = "( *[0-9]{1,9} *(?:, *[0-9]{1,9} *){1,5});( *-?[0-9]{1,9} *)"  # "30,100,93;23"
 LARGEST = 20  # generated problems use three numbers from 1 to this, and a target up to MAX_TARGET
@@ -31,7 +31,7 @@ def load(split, data=None, count=None, seed=0):
     """
     if data is None:
         return draw_examples("countdown", split, count, seed, draw_problem, demonstrate)
-    return read_problems(find_file(data, NAMES.get(split, ()), HUB), split)[:count]
+    return read_problems(find_file(data, split, FILES), split)[:count]
 
 
 def make_problem(numbers, target):
@@ -59,24 +59,22 @@ def read_problems(path, split="test"):
     if {"nums", "target"} <= rows[0].keys():
         rows = [row for row in rows if str(row["nums"]).count(",") == 2]
         if len(rows) <= HELD_OUT:
-            raise SystemExit(f"error: --data {path}: {len(rows)} rows have three numbers, and "
-                             f"{HELD_OUT} are held out")
+            raise SystemExit(f"error: --data {path}: needs over {HELD_OUT} rows of 3 numbers")
         order = numpy.random.default_rng(42).permutation(len(rows))
         order = order[-HELD_OUT:] if split == "test" else order[:-HELD_OUT]
         rows = [{**rows[i], "input": str(rows[i]["nums"]).strip("[]"), "output": rows[i]["target"]}
                 for i in order]
-    return [read_problem(row, path) for row in rows]
+    return list(map(read_problem, rows))
 
 
-def read_problem(row, path):
-    where = f"error: --data {path}, row {row['row']}:"
+def read_problem(row):
     match = re.fullmatch(PROBLEM, f"{row['input']};{row['output']}")
     if match is None:
-        raise SystemExit(f"{where} input must be 2 to 6 numbers like '3,7,12', output an integer, "
-                         f"of at most 9 digits, found {row['input']!r}, {row['output']!r}")
+        raise SystemExit(f"{row['where']} input must be 2 to 6 numbers like '3,7,12', output an "
+                         f"integer, of at most 9 digits: {row['input']!r}, {row['output']!r}")
     numbers, target = [int(n) for n in match[1].split(",")], int(match[2])
     if target not in values(tuple(numbers)):
-        raise SystemExit(f"{where} {target} cannot be reached from {numbers}")
+        raise SystemExit(f"{row['where']} {target} cannot be reached from {numbers}")
     return make_problem(numbers, target)
 
 

@@ -22,21 +22,20 @@ def draw_examples(task, split, count, seed, draw, demonstrate):
     count = COUNTS[split] if count is None else count
     is_test = split == "test"
     rng = random.Random(f"{task}-{'test' if is_test else 'train'}-{seed}")
-    examples, prompts, draws = [], set(), 0
+    examples, prompts = [], set()
     while len(examples) < count:
-        example, key = draw(rng)
-        draws += 1
-        if draws > MAX_DRAWS:
+        for _ in range(MAX_DRAWS):
+            example, key = draw(rng)
+            if is_held_out(key) == is_test and not (is_test and example["prompt"] in prompts):
+                break
+        else:
             raise SystemExit(f"error: --count {count}: {task} has only {len(examples)} problems")
-        if is_held_out(key) != is_test or (is_test and example["prompt"] in prompts):
-            continue
         if split not in ("train", "test"):
             shares = BEHAVIOURS.get(split)
             behaviour = rng.choices(list(shares), shares.values())[0] if shares else "worked"
             example["completion"] = demonstrate(behaviour, example, rng)
         examples.append(example)
         prompts.add(example["prompt"])
-        draws = 0
     return examples
 
 

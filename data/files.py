@@ -9,15 +9,20 @@ MAX_ROW = 1_000_000  # characters, many times what a network reads
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def find_file(data, names, hub=None):
-    """The path of `data`: a file; a folder with one of `names`; a dataset's id.
+def find_file(data, split, files):
+    """The path of `data`: a file, a folder, the id of a dataset laid out as the public one.
 
-    None, or a folder without these names, means the task's public file: hub, (dataset id, name).
+    files: {split: (the file's name in a folder, without suffix; public dataset, name there)}. The
+    public one, where there is one, is meant by None, and by a folder without that name.
     """
+    if split not in files:
+        raise SystemExit(f"error: --split {split}: choose from {', '.join(files)}")
+    stem, *hub = files[split]
     if data is None:
         return fetch(*hub)
     path = Path(data)
     if path.is_dir():
+        names = [stem + suffix for suffix in SUFFIXES]
         present = [path / name for name in names if (path / name).is_file()]
         if not present and not hub:
             raise SystemExit(f"error: --data {data}: this folder holds none of {', '.join(names)}")
@@ -40,34 +45,35 @@ def fetch(dataset, name):
 
 
 def read_rows(path, *layouts):
-    """Rows of a file as dicts, with the line (or the place in a list, from 1) as "row".
+    """Rows of a file as dicts, with "where": the beginning of an error about the row.
 
     layouts: tuples of columns; the first that fits the first row, else the last, is required.
     """
-    numbered = parse_file(Path(path))
+    numbered = [(n, row if isinstance(row, dict) else {}) for n, row in parse_file(Path(path))]
     if not numbered:
         raise SystemExit(f"error: --data {path}: the file holds no rows")
-    first = numbered[0][1]
-    present = set(first) if isinstance(first, dict) else set()
-    columns = next((names for names in layouts if present.issuperset(names)), layouts[-1])
+    present = numbered[0][1].keys()
+    columns = next((names for names in layouts if present >= set(names)), layouts[-1])
     for n, row in numbered:
-        absent = [name for name in columns if not isinstance(row, dict) or row.get(name) is None]
+        absent = [name for name in columns if row.get(name) is None]
         if absent:
-            raise SystemExit(f"error: --data {path}, row {n}: no {absent[0]!r} of {columns}")
+            needed = " or ".join(map(", ".join, layouts))
+            raise SystemExit(f"error: --data {path}, row {n}: no {absent[0]!r}, need {needed}")
         text = json.dumps(row, ensure_ascii=False, default=str)
-        if len(text) > MAX_ROW or re.search("[\ud800-\udfff]", text):
+        if len(text) > MAX_ROW or not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise SystemExit(f"error: --data {path}, row {n}: too long, or a lone surrogate in it")
-    return [{**row, "row": n} for n, row in numbered]
+    return [{**row, "where": f"error: --data {path}, row {n}:"} for n, row in numbered]
 
 
 def parse_file(path):
-    """[(number, row)] of a file, by its suffix."""
+    """[(line, or from 1 the place in a list, row)] of a file, by its suffix."""
     suffix = path.suffix.lower()
     n, numbered = 1, []  # n: number of the row that is read
     try:
         if suffix == ".parquet":
             from pyarrow import parquet
-            return list(enumerate(parquet.read_table(path).to_pylist(), 1))
+            table = parquet.read_table(io.BytesIO(path.read_bytes()))
+            return list(enumerate(table.to_pylist(), 1))
         text = path.read_text(encoding="utf-8-sig")  # without the mark that spreadsheets write
         if suffix == ".json":
             rows = json.loads(text)
@@ -83,6 +89,8 @@ def parse_file(path):
         return numbered
     except ImportError:
         raise SystemExit(f"error: --data {path}: parquet needs pip install pyarrow") from None
-    except (OSError, ValueError, RecursionError, csv.Error) as error:  # none, or another kind
+    except OSError as error:
+        raise SystemExit(f"error: --data {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError, csv.Error) as error:  # another kind of file
         reason = str(error).splitlines()[0]
         raise SystemExit(f"error: --data {path}, row {n}: cannot be read ({reason})") from None

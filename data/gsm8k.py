@@ -2,11 +2,11 @@
 import re
 from fractions import Fraction
 
-from data.files import SUFFIXES, find_file, read_rows
+from data.files import find_file, read_rows
 from data.format import FORMAT, MAX_TEXT, closed_answer, is_formatted, score_answer, unboxed
 
-HUB = {"train": ("openai/gsm8k", "main/train-00000-of-00001.parquet"),
-       "test": ("openai/gsm8k", "main/test-00000-of-00001.parquet")}
+FILES = {"train": ("gsm8k_train", "openai/gsm8k", "main/train-00000-of-00001.parquet"),
+         "test": ("gsm8k_test", "openai/gsm8k", "main/test-00000-of-00001.parquet")}
 QUESTION = "Solve the problem. Put only the final number inside the answer tags."
 NUMBER = re.compile(r"([-−]?)\\?\$?"
                     r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
@@ -20,21 +20,17 @@ TAG_LINES = ("\n<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>
 def load(split, data=None, count=None, seed=0):
     """Dicts with "prompt", "question", "solution", "answer" (its number as text, without commas).
 
-    split: train (7,473) or test (1,319). data: a file with question and answer, which ends in
-    "#### number"; a folder or dataset id with the published files; default: those.
+    split: train (7,473) or test (1,319). data: see `find_file`; an answer ends in "#### number".
     """
-    if split not in HUB:
-        raise SystemExit(f"error: --split {split}: GSM8K has train and test")
-    path = find_file(data, [f"gsm8k_{split}{suffix}" for suffix in SUFFIXES], HUB[split])
-    return [read_problem(row, path) for row in read_rows(path, ("question", "answer"))[:count]]
+    rows = read_rows(find_file(data, split, FILES), ("question", "answer"))
+    return list(map(read_problem, rows[:count]))
 
 
-def read_problem(row, path):
+def read_problem(row):
     question, solution = str(row["question"]).strip(), str(row["answer"])
     number = read_number(solution.rpartition("####")[2])
     if "####" not in solution or number is None:
-        raise SystemExit(f"error: --data {path}, row {row['row']}: the answer must end in "
-                         f"'#### number', found {solution[-40:]!r}")
+        raise SystemExit(f"{row['where']} answer must end in '#### number': {solution[-40:]!r}")
     prompt = f"{FORMAT}\n\n{QUESTION}\n\n{question}"
     return {"prompt": prompt, "question": question, "solution": solution, "answer": str(number)}
 

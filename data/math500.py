@@ -1,11 +1,12 @@
 r"""MATH (arXiv:2103.03874): competition problems in LaTeX; trained on MATH, tested on MATH-500."""
 import re
 
-from data.files import SUFFIXES, find_file, read_rows
+from data.files import find_file, read_rows
 from data.format import FORMAT, closed_answer, last_box, score_answer, unboxed
 
-HUB = {"train": ("nlile/hendrycks-MATH-benchmark", "data/train-00000-of-00001.parquet"),
-       "test": ("HuggingFaceH4/MATH-500", "test.jsonl")}
+FILES = {"train": ("math500_train", "nlile/hendrycks-MATH-benchmark",
+                   "data/train-00000-of-00001.parquet"),
+         "test": ("math500_test", "HuggingFaceH4/MATH-500", "test.jsonl")}
 QUESTION = r"Solve the problem. Put only the final answer, as \boxed{...}, inside the answer tags."
 SPELLINGS = (("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
              (r"\left", ""), (r"\right", ""), (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", ""))
@@ -14,21 +15,18 @@ SPELLINGS = (("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac"
 def load(split, data=None, count=None, seed=0):
     """Dicts with "prompt", "question", "solution" ("" where there is none), "answer" (LaTeX).
 
-    split: train (12,000) or test (500). data: a file with problem and answer, or problem and
-    solution that ends in a box; a folder or dataset id with the published files; default: those.
+    split: train (12,000) or test (500). data: see `find_file`; rows have problem and answer, or
+    problem and solution that ends in a box.
     """
-    if split not in HUB:
-        raise SystemExit(f"error: --split {split}: MATH has train and test")
-    path = find_file(data, [f"math500_{split}{suffix}" for suffix in SUFFIXES], HUB[split])
-    return [read_problem(row, path) for row in read_rows(path, ("problem",))[:count]]
+    rows = read_rows(find_file(data, split, FILES), ("problem",))
+    return list(map(read_problem, rows[:count]))
 
 
-def read_problem(row, path):
+def read_problem(row):
     question, solution = str(row["problem"]).strip(), str(row.get("solution") or "")
     answer = last_box(solution) if row.get("answer") is None else str(row["answer"])
     if not answer or not answer.strip():
-        raise SystemExit(f"error: --data {path}, row {row['row']}: neither an answer nor a "
-                         "solution that ends in \\boxed{}")
+        raise SystemExit(f"{row['where']} no answer, and no solution that ends in \\boxed{{}}")
     prompt = f"{FORMAT}\n\n{QUESTION}\n\n{question}"
     return {"prompt": prompt, "question": question, "solution": solution, "answer": answer}
 

@@ -10,8 +10,7 @@ from data.examples import draw_examples
 from data.files import find_file, read_rows
 from data.format import FORMAT, closed_answer, score_answer, write_completion
 
-NAMES = {"train": ("4x4_sudoku_unique_puzzles.csv",),  # in dataset/ of the d1 authors' repository
-         "test": ("4x4_test_sudoku.csv",)}
+FILES = {"train": ("4x4_sudoku_unique_puzzles",), "test": ("4x4_test_sudoku",)}  # d1's dataset/
 QUESTION = ("Solve this four by four Sudoku, given row by row with zero for an empty cell. Every "
             "row, column and two by two box must hold each digit from one to four once. Put only "
             "the sixteen digits of the solution inside the answer tags.")
@@ -29,8 +28,8 @@ def load(split, data=None, count=None, seed=0):
     """
     if data is None:
         return draw_examples("sudoku", split, count, seed, draw_puzzle, demonstrate)
-    path = find_file(data, NAMES.get(split, ()))
-    puzzles, test_file = read_puzzles(path), path.with_name(*NAMES["test"])
+    path = find_file(data, split, FILES)
+    puzzles, test_file = read_puzzles(path), path.with_name("4x4_test_sudoku.csv")
     if split == "train" and test_file != path and test_file.exists():  # it may be a part of `path`
         held_out = {example["puzzle"] for example in read_puzzles(test_file)}
         puzzles = [example for example in puzzles if example["puzzle"] not in held_out]
@@ -57,17 +56,16 @@ def draw_puzzle(rng):
 
 
 def read_puzzles(path):
-    return [read_puzzle(row, path) for row in read_rows(path, ("Puzzle", "Solution"))]
+    return list(map(read_puzzle, read_rows(path, ("Puzzle", "Solution"))))
 
 
-def read_puzzle(row, path):
-    where = f"error: --data {path}, row {row['row']}:"
+def read_puzzle(row):
     puzzle, solution = str(row["Puzzle"]), str(row["Solution"])
     if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
-        raise SystemExit(f"{where} a puzzle is 16 digits 0-4 and a solution 16 digits 1-4, "
+        raise SystemExit(f"{row['where']} a puzzle is 16 digits 0-4 and a solution 16 digits 1-4, "
                          f"found {puzzle!r}, {solution!r}")
     if solution not in solve(puzzle):
-        raise SystemExit(f"{where} {solution} does not solve {puzzle}")
+        raise SystemExit(f"{row['where']} {solution} does not solve {puzzle}")
     return make_example(puzzle, solution)
 
 
@@ -80,17 +78,9 @@ def grids():
     return fitting
 
 
-@functools.cache
-def grids_with(cell, digit):
-    """The places in `grids` of the grids that have the digit in the cell."""
-    return {i for i, grid in enumerate(grids()) if grid[cell] == digit}
-
-
 def solve(puzzle):
-    """All solutions of 16 digits with 0 for an empty cell."""
-    fitting = [grids_with(cell, digit) for cell, digit in enumerate(puzzle) if digit != "0"]
-    places = set(range(len(grids()))).intersection(*fitting)
-    return [grids()[i] for i in sorted(places)]
+    """All solutions of 16 digits with 0 for an empty cell: the grids that the clues allow."""
+    return re.findall(puzzle.replace("0", "."), "\n".join(grids()))
 
 
 def clashes(puzzle, solution):

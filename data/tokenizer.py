@@ -55,17 +55,16 @@ class Tokenizer:
         if None in self.ids.values():
             raise SystemExit(f"error: {self.source}: no chat tokens, use an Instruct checkpoint")
         ids = [self.ids[BOS]] if messages else []
-        for message in messages:
-            ids += self.encode_turn(message["role"], message["content"].strip()) + [self.eot_id]
-        return ids + self.encode_turn("assistant", "")
-
-    def encode_turn(self, role, text):
-        header = [self.ids[HEADER], *self.encode(role), self.ids[END_HEADER]]
-        return header + self.encode("\n\n" + text)
+        for message in [*messages, {"role": "assistant", "content": ""}]:
+            ids += [self.ids[HEADER], *self.encode(message["role"]), self.ids[END_HEADER]]
+            ids += [*self.encode("\n\n" + message["content"].strip()), self.eot_id]
+        return ids[:-1]  # the answer goes there
 
     def encode_prompt(self, prompt):
-        """Ids of a chat with one message, the user's."""
-        return self.encode_chat([{"role": "user", "content": prompt}])
+        """Ids of a chat: of the messages of a list, or of a text as the user's only message."""
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        return self.encode_chat(prompt)
 
     def encode_completion(self, text):
         """Ids of an assistant's answer as SFT trains it: text, <|eot_id|>, <|endoftext|>."""

@@ -49,12 +49,12 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def run_script(*words, processes=1, timeout=300, **environment):
-    """Run a script of the repository to its end. Returns a CompletedProcess with stdout and stderr as text."""
+def run_script(*words, processes=1, timeout=300, cwd=ROOT, **environment):
+    """Run a script from `cwd` to its end. Returns a CompletedProcess with stdout and stderr as text."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*launcher, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+    return subprocess.run([*launcher, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 

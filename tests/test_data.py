@@ -296,7 +296,8 @@ AS_TEXT = {"rows.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_rows_are_read_with_their_leading_zeros(tmp_path, name, numbers, end):
     (tmp_path / name).write_bytes(("\ufeff" + AS_TEXT[name].replace("\n", end)).encode())
-    assert read_rows(tmp_path / name, ("Puzzle", "Solution")) == [{**row, "row": n} for row, n in zip(ROWS, numbers)]
+    assert read_rows(tmp_path / name, ("Puzzle", "Solution")) == [
+        {**row, "where": f"error: --data {tmp_path / name}, row {n}:"} for row, n in zip(ROWS, numbers)]
 
 
 GOOD = {"countdown": {"input": "1,2,3", "output": "6"}, "gsm8k": {"question": "q", "answer": "so #### 1,018"},
@@ -312,7 +313,7 @@ GOOD = {"countdown": {"input": "1,2,3", "output": "6"}, "gsm8k": {"question": "q
     ("countdown", {"input": "1,1,1", "output": "50"}, ["50", "[1, 1, 1]", "cannot be reached"]),
     ("countdown", {"input": None}, ["'input'"]), ("gsm8k", {"question": None}, ["'question'"]),
     ("gsm8k", {"answer": "18"}, ["#### number", "'18'"]), ("gsm8k", {"answer": "#### many"}, ["#### number"]),
-    ("math500", {"answer": None, "solution": "no box"}, ["neither an answer"]),
+    ("math500", {"answer": None, "solution": "no box"}, ["no answer, and no solution"]),
     ("s1k", {"thinking_trajectories": []}, ["thinking_trajectories"]), ("s1k", {"attempt": 4}, ["must be text"]),
     ("sudoku", {"Puzzle": SUDOKU["puzzle"][1:]}, ["digits 0-4"]), ("sudoku", {"Puzzle": "5" * 16}, ["digits 0-4"]),
     ("sudoku", {"Solution": SUDOKU["solution"][:-1] + "0"}, ["digits 1-4"]),
@@ -326,7 +327,8 @@ def test_a_bad_row_is_named(tmp_path, task, change, words):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("absent.csv", None, ["No such file"]), ("a.jsonl", "\r\n \r\n", ["no rows"]),
+    *[(f"absent.{kind}", None, [f"absent.{kind}: No such file"]) for kind in ("csv", "parquet")],
+    ("a.jsonl", "\r\n \r\n", ["no rows"]),
     ("a.csv", "Puzzle,Solution\n", ["no rows"]), ("a.json", "", ["row 1"]), ("a.json", "3", ["row 1", "'Puzzle'"]),
     ("a.jsonl", '{"Puzzle": 1, "Solution": 2}\n\nnot json', ["row 3"]), ("a.jsonl", "[" * 100_000, ["row 1"]),
     ("a.jsonl", '{"Puzzle": 1, "Solution": 2}\nnull', ["row 2", "'Puzzle'"]), ("a.jsonl", "5", ["row 1", "'Puzzle'"]),
@@ -360,7 +362,7 @@ def test_the_countdown_training_set_is_divided_as_the_authors_do(tmp_path):
     shuffled = [three[i] for i in numpy.random.default_rng(42).permutation(len(three))]
     assert [e["numbers"] for e in countdown.load("train", data=path)] == shuffled[:-500]
     assert [e["numbers"] for e in countdown.load("test", data=path)] == shuffled[-500:]
-    fails(lambda: countdown.load("train", data=write(path, *rows[:600])), path, "500 are held out")
+    fails(lambda: countdown.load("train", data=write(path, *rows[:600])), path, "over 500 rows of 3 numbers")
 
 
 def test_parquet(tmp_path, monkeypatch):

@@ -1,14 +1,15 @@
 """README and docs keep their word: links resolve, commands parse, functions and options exist, the README is short."""
 import importlib
 import re
+import runpy
 import shlex
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, read_rows, run_script
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
-PROGRAM = r"(?:python|torchrun(?: --\w+ \S+)*) +([\w/]+\.py)(.*)"
+PROGRAM = r"(?<!repository )(?:python|torchrun(?: --\w+ \S+)*) +([\w/]+\.py)(.*)"
 COMMANDS = sorted({command for text in TEXTS.values() for command in re.findall(PROGRAM, text.replace("\\\n", ""))})
 FOLDERS = (ROOT, ROOT / "variants", ROOT / "tools", ROOT / "data")
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in FOLDERS for path in folder.glob("*.py"))
@@ -85,6 +86,37 @@ def test_the_pictures_are_small():
 def test_the_readme_is_a_front_page():
     assert TEXTS["README.md"].count("\n") <= 170
     assert len(TEXTS["README.md"].split()) <= 1700
+
+
+def test_the_objective_of_the_readme_trains(tmp_path, monkeypatch):
+    [program] = re.findall("```python\n(import train_grpo\n.*?)```", TEXTS["README.md"], re.DOTALL)
+    (tmp_path / "reinforce.py").write_text(program, encoding="utf-8")
+    words = "--task countdown --steps 1 --prompts_per_step 4 --num_iterations 1 --eval_count 0 --diffusion_steps 8"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["reinforce.py", *words.split(), "--device", "cpu"])
+    runpy.run_path("reinforce.py")
+    [row] = read_rows(tmp_path / "runs" / "train_grpo-countdown" / "metrics.jsonl")
+    assert row["grad_norm"] > 0 and "kl" not in row  # which d1's objective logs
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_lies_in_any_folder(tmp_path):
+    """The program of the page, word for word, beside a task outside the repository, started from a third folder."""
+    [program] = re.findall("```python\n(import data\n.*?)```", TEXTS["new_task.md"], re.DOTALL)
+    programs = {"train_grpo": program, "sample": program.replace("train_grpo", "sample"),
+                "train_sft": program.replace("train_grpo", "train_sft").replace("data.TASKS", "data.DEMONSTRATIONS")}
+    task, elsewhere = (ROOT / "tests" / "task_sorting.py").read_text(encoding="utf-8"), tmp_path / "elsewhere"
+    (tmp_path / "my_task.py").write_text(task, encoding="utf-8")
+    elsewhere.mkdir()
+    options = {"train_grpo": "--steps 1 --prompts_per_step 2 --num_iterations 1 --eval_count 4",
+               "train_sft": "--steps 1 --batch_size 4 --count 20", "sample": "--count 4 --model runs/train_grpo-mine"}
+    for name, words in options.items():
+        (tmp_path / "mine.py").write_text(programs[name], encoding="utf-8")
+        done = run_script(tmp_path / "mine.py", "--task", "mine", *words.split(), cwd=elsewhere, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+    assert "reward_places" in read_rows(elsewhere / "runs" / "train_grpo-mine" / "metrics.jsonl")[1]
+    assert (elsewhere / "runs" / "train_sft-mine" / "summary.json").exists()
+    assert len(list((elsewhere / "runs").glob("sample-*-mine/mine_32.jsonl"))) == 1
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)

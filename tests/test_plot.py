@@ -55,6 +55,8 @@ def test_a_picture_has_a_panel_for_each_metric_that_a_task_has(runs, tmp_path, s
     log.write_text('{"step": 0, "held_out_loss": 1.0, "minutes": 0}\n{"step": 1, "loss": 2.0, "minutes": 1}\n')
     figure = plot.main([*runs, sft, "--out", str(tmp_path / f"picture.{suffix}")])
     panels = [panel for panel in figure.axes if panel.get_visible()]
+    assert all(1.04 * max(line.get_ydata()) < panel.get_ylim()[1] for panel in panels for line in panel.lines)
+    assert panels[3].lines[0].get_marker() == "o"  # a line of one point shows nothing
     assert [panel.get_title(loc="left") for panel in panels] == [
         "countdown: held-out problems solved (more is better)",
         "countdown: mean reward of the rollouts (more is better)",
@@ -99,6 +101,8 @@ def test_what_is_missing_is_named_in_one_line(runs, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=rf"^error: [^\n]*{message}[^\n]*$"):
             plot.main(list(map(str, words)))
     fails([tmp_path / "nowhere"], "nothing to draw")
+    for name in ("plot.xyz", "plot", "nowhere/plot.png"):
+        fails([*runs, "--out", tmp_path / name], f"--out {tmp_path / name}: must end in .png")
     fails([*runs, "--metrics", "beauty"], "--metrics beauty: .*reward")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     fails(runs, "pip install matplotlib")
@@ -117,7 +121,7 @@ def test_a_picture_is_drawn_again_until_the_run_has_ended(runs, tmp_path, monkey
 
     monkeypatch.setattr(plot.time, "sleep", sleep)
     plot.main([runs[0], "--every", "30", "--out", str(tmp_path / "plot.png")])
-    assert waits == [30, 30] and capsys.readouterr().out.count("1 runs") == 3
+    assert waits == [30, 30] and capsys.readouterr().out.count("1 run, 2 panels") == 3
 
 
 @pytest.mark.parametrize("name", plot.FIGURES)

@@ -46,6 +46,8 @@ def test_a_report_has_settings_before_and_after_curves_and_samples(run, monkeypa
     rows = [row for row in read_rows(run / "metrics.jsonl") if "held_out_accuracy" in row]
     before, after = rows[0]["held_out_closed"], rows[-1]["held_out_closed"]
     assert f"| closed | {before:.1%} | {after:.1%} |" in page and "| steps | 2 |" in page
+    rows = plot.read_run(run)[1]
+    assert report.before_and_after({0: rows[0]})[0][1:] == [f"{rows[0]['held_out_accuracy']:.1%}", "not yet"]
     completion = read_rows(run / "samples.jsonl")[0]["completion"]
     assert completion in page and "2 of 2 steps" in page
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)  # without matplotlib

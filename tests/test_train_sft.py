@@ -104,6 +104,33 @@ def test_rows_without_a_completion_and_long_rows_are_skipped_and_counted(data, c
     assert ids[prompt_length:] == completion + [tokenizer.eos_id] * (16 - len(completion))
 
 
+def test_messages_are_a_chat_whose_last_turn_is_learnt(tmp_path):
+    """As the published chat template lays out all of the chat."""
+    file, tokenizer, answer = tmp_path / "rows.jsonl", embedded()[1], {"role": "assistant", "content": " Yes.\n"}
+    cases = json.loads((GOLDEN / "chat_template" / "cases.json").read_text())["cases"]
+    chats = [[*case["messages"], answer] for case in cases if case["messages"]]
+    file.write_text("".join(json.dumps({"messages": chat, "id": i}) + "\n" for i, chat in enumerate(chats)))
+    rows = encode(f"--data {file} --batch_size 2 --gen_length 0", 2000)
+    assert len(rows) == len(chats) > 5
+    for (ids, prompt_length), chat in zip(rows, chats):
+        laid_out = tokenizer.encode_chat(chat)  # ends in the header of another answer
+        assert ids[:-1] == laid_out[:len(ids) - 1] and ids[-2:] == [tokenizer.eot_id, tokenizer.eos_id]
+        assert ids[prompt_length:] == tokenizer.encode_completion("Yes.")
+
+
+@pytest.mark.parametrize("row", [
+    *[{"messages": chat} for chat in (
+        5, "Hi", [], ["Hi", "Yes"], [{"role": "assistant", "content": "Hi"}], [{"role": "user", "content": "Hi"}] * 2,
+        [{"role": "user", "content": None}, {"role": "assistant", "content": "Hi"}],
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ["Hi"]}])],
+    {"prompt": ["Hi"], "completion": "Yes"}, {"prompt": "Hi", "completion": 5}])
+def test_rows_that_are_no_demonstration_are_named(row, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match="^error: --data [^\n]*rows.jsonl, row 1: needs prompt and completion"):
+        encode(f"--data {file}", 100)
+
+
 def test_truncate_cuts_long_rows_where_that_leaves_a_target(data, capsys):
     rows = encode(f"--data {data} --batch_size 4 --truncate", 60)
     assert len(rows) == 13 and len(rows[-1][0]) == 60
@@ -144,12 +171,12 @@ def test_the_noise_of_a_row_depends_neither_on_its_batch_nor_on_its_padding():
     ("--data absent.jsonl", "--data absent.jsonl"),
     ("--task countdown sudoku --data rows.jsonl", "--data rows.jsonl"),
     ("--data broken.jsonl", "broken.jsonl, row 2"),
-    ("--data numbers.jsonl", "numbers.jsonl, row 1"),
+    ("--data numbers.jsonl", "numbers.jsonl, row 1: no 'messages', need prompt, completion or messages"),
 ])
 def test_bad_options_are_one_line(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{broken\n')
-    (tmp_path / "numbers.jsonl").write_text('{"prompt": 1, "completion": "b"}\n')
+    (tmp_path / "numbers.jsonl").write_text('{"question": 1, "answer": "b"}\n')
     with pytest.raises(SystemExit) as stopped:
         train(train_sft, tmp_path / "run", options)
     assert message in f"{stopped.value}{capsys.readouterr().err}" and "\n" not in str(stopped.value)

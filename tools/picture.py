@@ -1,9 +1,11 @@
-"""The picture at the top of README.md: a canvas filling in, beside the curves of the run that trained its model.
+"""The picture at the top of README.md: a canvas filling in, beside the curves of
+the run that trained its model.
 
     python train_grpo.py --task countdown
-    python tools/picture.py runs/train_grpo-countdown        writes docs/figures/readme.png
+    python tools/picture.py runs/train_grpo-countdown
 
-The canvas is that of one held-out problem (--index), at temperature 0, after several of its rounds. Needs matplotlib.
+writes docs/figures/readme.png. The canvas is that of one held-out problem, at
+temperature 0, after several of its rounds. Needs matplotlib.
 """
 import argparse
 import sys
@@ -84,9 +86,10 @@ def draw_curves(panel, rows, task_name):
     from matplotlib.ticker import MaxNLocator
     steps = [step for step in rows if "reward" in rows[step]]
     held_out = [step for step in rows if "held_out_accuracy" in rows[step]]
+    middle = steps[len(steps) // 2]
     panel.plot(steps, [rows[step]["reward"] for step in steps], color="#0072b2", linewidth=2)
     panel.plot(held_out, [rows[step]["held_out_accuracy"] for step in held_out], "--o", color="#d55e00", linewidth=2)
-    panel.annotate("mean reward\nof the rollouts", (steps[10], rows[steps[10]]["reward"]), (6, 2), color="#0072b2",
+    panel.annotate("mean reward\nof the rollouts", (middle, rows[middle]["reward"]), (6, 2), color="#0072b2",
                    textcoords="offset points", size=9.5, va="center")
     for step in held_out:
         share = rows[step]["held_out_accuracy"]
@@ -106,7 +109,10 @@ def draw_curves(panel, rows, task_name):
 def main(argv=None):
     from matplotlib.figure import Figure
     args = parse_args(argv)
-    options, rows = read_run(args.run)
+    run = read_run(args.run)
+    if run is None or not isinstance(run[0].get("task"), str) or len(run[1]) < 2:
+        raise SystemExit(f"error: {args.run}: name the folder of a finished run of train_grpo.py")
+    options, rows = run
     example, canvases, text = sample_canvases(options, args.run, args.index)
     figure = Figure(figsize=(10.4, 4.3), layout="constrained")
     terminal, curves = figure.subplots(1, 2, width_ratios=(1.35, 1))

@@ -1,11 +1,13 @@
-"""Curves of training runs as one picture. Runs that differ in the seed alone are thin lines with their mean.
+"""Curves of training runs as one picture.
 
-    python tools/plot.py runs/train_grpo-countdown                       one run
-    python tools/plot.py runs/train_grpo-countdown --every 30            the same, drawn again every 30 seconds
-    python tools/plot.py runs/mu4-* runs/mu12-* --x minutes --out mu.svg a comparison, against wall-clock time
-    python tools/plot.py --docs                                          the pictures of docs/, from docs/results
+    python tools/plot.py runs/train_grpo-countdown               one run
+    python tools/plot.py runs/train_grpo-countdown --every 30    while it runs
+    python tools/plot.py runs/mu4-* runs/mu12-* --x minutes      a comparison
+    python tools/plot.py --docs                                  those of docs/
 
-Folders without steps, such as evaluations, are skipped and named. Needs matplotlib: pip install matplotlib
+Runs that differ in the seed alone are thin lines with their mean. Folders
+without steps, such as evaluations, are skipped and named. Needs matplotlib:
+pip install matplotlib
 """
 import argparse
 import json
@@ -34,16 +36,17 @@ ASIDE = {"seed", "out", "resume", "save_every", "device", "timeout"}  # options 
 # for all kinds of eyes; in grey, dashes tell lines apart, and of those with the same dashes one is darker
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#6b4a00")
 DASHES = ("-", "--", ":", "-.")
+SUFFIXES = (".png", ".svg", ".pdf")
 FIGURES = {"estimators": ("update", "minutes"), "samplers": ("step", "minutes")}  # of docs/figures: their x axes
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders of training runs, or files of docs/results")
+    parser.add_argument("runs", nargs="*", help="folders of training runs")
     parser.add_argument("--metrics", nargs="+", help=f"default: {', '.join(OF_RL)}; of SFT {', '.join(OF_SFT)}")
     parser.add_argument("--x", choices=AXES, default="step", help="update: steps times num_iterations")
     parser.add_argument("--smooth", type=int, default=1, help="mean over so many steps; evaluations are not smoothed")
-    parser.add_argument("--out", default="plot.png", help=".png or .svg")
+    parser.add_argument("--out", default="plot.png", help=".png, .svg or .pdf (%(default)s)")
     parser.add_argument("--every", type=float, metavar="SECONDS", help="draw again until all runs have ended")
     parser.add_argument("--docs", action="store_true", help="draw docs/figures from docs/results")
     return parser.parse_args(argv)
@@ -57,6 +60,8 @@ def read_run(folder):
     None, and a line that says why, where there is nothing to draw.
     """
     log, config = Path(folder, "metrics.jsonl"), Path(folder, "config.json")
+    if not Path(folder).is_dir():
+        return print(f"skipped {folder}: no such folder")
     if not config.is_file() or not log.is_file():
         missing = log if config.is_file() else config
         return print(f"skipped {folder}: no training run, it has no {missing.name}")
@@ -157,11 +162,11 @@ def draw(panels, smooth):
 def draw_lines(panel, groups, metric, x, smooth):
     """A thick line for each group, and a thin one for each seed where there are several. Evaluations get markers."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
-    marker = "o" if metric.startswith("held_out") else None
     panel.names = []  # (label, line): several are written at the ends of their lines
     for i, (label, seeds) in enumerate(groups.items()):
         style = {"linestyle": DASHES[i % len(DASHES)], "color": COLOURS[i % len(COLOURS)]}
         xs, means, columns = curve(seeds, metric, x, smooth)
+        marker = "o" if metric.startswith("held_out") or len(xs) == 1 else None  # a line of one point shows nothing
         [line] = panel.plot(xs, means, linewidth=2, marker=marker, markersize=4.5, zorder=3, label=label, **style)
         for values in columns if len(seeds) > 1 else ():
             panel.plot(xs, values, linewidth=0.7, alpha=0.45, color=style["color"], label="_seed")
@@ -170,7 +175,7 @@ def draw_lines(panel, groups, metric, x, smooth):
     panel.grid(alpha=0.25)
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     if panel.dataLim.ymin >= 0:
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.05 * panel.dataLim.ymax or 1)
     if metric.endswith(SHARES):
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
@@ -220,6 +225,9 @@ def make_panels(runs, metrics, axes):
 
 def draw_runs(args):
     """Read the runs and write the picture. Returns the figure."""
+    out = Path(args.out)
+    if out.suffix not in SUFFIXES or not out.parent.is_dir():
+        raise SystemExit(f"error: --out {out}: must end in {', '.join(SUFFIXES)}, in a folder that exists")
     read = [read_run(folder) for folder in args.runs]
     runs = [run for run in read if run is not None]
     if not runs:
@@ -232,8 +240,8 @@ def draw_runs(args):
     if not panels:
         raise SystemExit(f"error: these runs have none of {', '.join(TITLES)}: name some with --metrics")
     figure = draw(panels, args.smooth)
-    figure.savefig(args.out, dpi=160)
-    print(f"{len(runs)} runs, {len(panels)} panels: {args.out}")
+    figure.savefig(out, dpi=160)
+    print(f"{len(runs)} run{'s' * (len(runs) > 1)}, {len(panels)} panels: {out}")
     return figure
 
 

@@ -89,7 +89,6 @@ def read_box(text):
     A \boxed counts whatever follows it, without one an \fbox, and without either the whole text. Only \boxed{...}
     loses its name. None: the box never closes.
     """
-    text = text[-MAX_TEXT:]
     if "\\boxed " in text:
         return text.rpartition("\\boxed ")[2].partition("$")[0]
     start = text.rfind("\\boxed" if "\\boxed" in text else "\\fbox")

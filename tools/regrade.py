@@ -1,11 +1,14 @@
 """Grade generations by the rules of the d1 authors, beside the paper's numbers.
 
-    python tools/regrade.py PATH...          files of generations, or folders of such files
-    python tools/regrade.py --published_prompts --task gsm8k --model MODEL [options of sample.py]
+    python tools/regrade.py PATH...
+    python tools/regrade.py --published_prompts --task gsm8k --model MODEL
 
-A file is the authors' (<task>_<model>_<length>_<steps>_<process>_generations.json; the files of all processes count
-as one evaluation) or ours (<task>_<length>.jsonl, from sample.py). --published_prompts evaluates a model with the
-authors' kind of prompt, begins every completion with <reasoning> as they do, and grades the completions.
+PATH is a file of generations, or a folder of such files: the authors', named
+<task>_<model>_<length>_<steps>_<process>_generations.json (the files of all
+processes count as one evaluation), or ours, named <task>_<length>.jsonl, from
+sample.py. --published_prompts takes the options of sample.py, and evaluates a
+model with the authors' kind of prompt; every completion begins with
+<reasoning>, as theirs do.
 """
 import argparse
 import json
@@ -26,6 +29,12 @@ THEIRS = re.compile(r"((gsm8k|gsm|math500|math|countdown|sudoku)_.*?)_[0-9]+_gen
 SHORT_NAMES = {"gsm": "gsm8k", "math": "math500"}  # of tasks in their file names
 READ_BOXES = ("countdown", "math500")  # tasks in which their rule takes all the text where there is no box
 OURS = re.compile(rf"({'|'.join(TASKS)})_([0-9]+)\.jsonl")
+LONGEST_NAME = 36  # of an evaluation in the table, which then fits 100 columns
+NOTES = {  # what the columns of the table mean
+    "exact": "Believe exact: the problems that are solved, by our rules.",
+    "published": "published: the authors' rules on the same texts, to set beside paper; of Sudoku they count cells.",
+    "valid": "valid: the answer is 16 digits from 1 to 4.",
+    "paper": "paper: LLaDA-8B-Instruct, as the authors print it."}
 
 
 # ---------------------------------------------------------------- files of generations
@@ -128,11 +137,13 @@ def regrade(paths):
         reference = find_in_paper("LLaDA-8B-Instruct", task, length)
         results[name] = {"problems": len(rows), **grade(task, rows), "paper": reference}
         shown = {key: show(key, value) for key, value in results[name].items()}
-        lines.append({"generations": name, "problems": "", "published": "", "exact": "", "valid": "", **shown})
+        short = name if len(name) <= LONGEST_NAME else "..." + name[3 - LONGEST_NAME:]
+        lines.append({"generations": short, "problems": "", "published": "", "exact": "", "valid": "", **shown})
     columns = [column for column in lines[0] if any(line[column] for line in lines)]
     print_table([{column: line[column] for column in columns} for line in lines])
+    print("", *(note for column, note in NOTES.items() if column in columns), sep="\n")
     if any(result["published"] is None for result in results.values()):
-        print("published is blank where the prompt asks for no box: their rule would read all the text")
+        print("No published where the prompt asks for no box: their rules would take all the text for it.")
     return results
 
 

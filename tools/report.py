@@ -1,8 +1,9 @@
-"""A run of train_grpo.py or train_sft.py on one page: settings, before and after, curves, three samples.
+"""A training run on one page: settings, before and after, curves, three samples.
 
-    python tools/report.py runs/train_grpo-countdown        writes report.md, and report.png, into that folder
+    python tools/report.py runs/train_grpo-countdown
 
-The curves need matplotlib (pip install matplotlib); without it a line of blocks takes their place.
+writes report.md, and report.png, into that folder. The curves need matplotlib
+(pip install matplotlib); without it a line of blocks takes their place.
 """
 import argparse
 import importlib.util
@@ -46,7 +47,7 @@ def before_and_after(rows):
     names = [name for name in last if name.startswith("held_out_") and name in first]
     names.sort(key=lambda name: not name.endswith(("accuracy", "greedy", "loss")))  # these first
     return [[name.removeprefix("held_out_").replace("_", " ").replace("greedy", "accuracy, greedy"),
-             number(name, first[name]), number(name, last[name])] for name in names]
+             number(name, first[name]), "not yet" if last is first else number(name, last[name])] for name in names]
 
 
 def pick_samples(path):
@@ -81,7 +82,7 @@ def write_report(folder):
     step = max(rows)
     has_ended = (folder / "summary.json").exists()
     state = f"{step} of {options.get('steps', '?')} steps, {rows[step]['minutes']:.1f} minutes"
-    settings = [[name, options[name]] for name in SETTINGS if name in options]
+    settings = [[name, options[name]] for name in SETTINGS if options.get(name) not in (None, [])]
     pages = [
         f"# {plot.task_of(options)}: {folder.name}",
         f"{state}, {config['processes']} x {config['device']}, torch {config['torch']}"
