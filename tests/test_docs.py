@@ -13,9 +13,9 @@ PROGRAM = r"(?<!repository )(?:python|torchrun(?: --\w+ \S+)*) +([\w/]+\.py)(.*)
 COMMANDS = sorted({command for text in TEXTS.values() for command in re.findall(PROGRAM, text.replace("\\\n", ""))})
 FOLDERS = (ROOT, ROOT / "variants", ROOT / "tools", ROOT / "data")
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in FOLDERS for path in folder.glob("*.py"))
-OF_TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown-timeout"}
+OF_TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
 OF_OTHERS = {"--extra-index-url", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--signal", "--requeue",
-             "--open-mode"}  # pip's, Slurm's
+             "--open-mode", "--cpus-per-task", "--kill-on-bad-exit"}  # pip's, Slurm's
 
 
 def words_of(command):

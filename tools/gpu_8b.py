@@ -1,21 +1,33 @@
-"""LLaDA-8B itself on one GPU, weights random: an SFT step, a rollout and a diffu-GRPO step, beside what is planned.
+"""LLaDA-8B itself on one GPU, weights random: seconds and memory of its work, beside what is planned.
 
-    python tools/gpu_8b.py             an 80 GB GPU; 8 minutes on an H100, as planned
-    python tools/gpu_8b.py --tiny      the same with the embedded model's config, on a CPU, seconds
+    python tools/gpu_8b.py                    all parts; 7 minutes on an H100, as planned
+    python tools/gpu_8b.py profile rollout    some of them
+    python tools/gpu_8b.py --tiny             the embedded model's config and short rows, on a CPU, a minute
 
-Options, model and train_step are those of the training scripts; random are only the weights and the tokens. MFU is the
-share of the GPU's peak in bfloat16.
+profile   which attention torch takes and the ten longest kernels, in four rounds of a rollout and in an SFT update
+rollout   6 completions of 256 tokens in 128 rounds
+compiled  the same with compiled blocks, and their longest kernels
+sft       an SFT update of 8 rows of 4,096 tokens
+gdpo      a diffu-GRPO step of 2 prompts x 6, mu 12: GDPO in NeMo-RL takes 95 s for its own on an H100
+kill      one of two processes of a small run is killed: does the job end (NCCL where there are two GPUs)
+step      a diffu-GRPO step of 16 prompts x 6, mu 8; half of the time
+
+Options, model and train_step are those of the training scripts; random are only the weights and the tokens. A line
+stands as soon as it is measured. MFU is the share of the GPU's peak in bfloat16.
 """
 import argparse
 import contextlib
 import functools
 import gc
+import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,19 +44,24 @@ from model import TINY  # noqa: E402
 from parallel import processes  # noqa: E402
 from run import Run  # noqa: E402
 from sample import complete, sampling_options  # noqa: E402
-from tools.measure import init_weights  # noqa: E402
+from tools.measure import init_weights, peak_flops  # noqa: E402
 from tools.plan import GIB, PROMPT_TOKENS, Plan, read_config  # noqa: E402
+from tools.soak import live, logged_steps  # noqa: E402
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense
 TFLOPS = 400e12  # of the planned seconds
-TINY_SFT = "--batch_size 4 --microbatch 2 --max_length 256"
-TINY_GRPO = ("--prompts_per_step 2 --num_iterations 2 --microbatch 1 "
-             "--gen_length 64 --diffusion_steps 4 --block_length 32")
+COLUMNS = "{:<30} {:>8} {:>8} {:>9} {:>8} {:>5} {:>9} {:>9}"
+OF_8B = ["--model", ROOT / "tests" / "llada_8b", "--preset", "8b", "--lora_r", 128]
+OF_TINY = {
+    train_sft: ["--model", TINY, *"--batch_size 4 --microbatch 2 --max_length 256".split()],
+    train_grpo: ["--model", TINY, *("--prompts_per_step 2 --num_iterations 2 --microbatch 1 "
+                                    "--gen_length 64 --diffusion_steps 4 --block_length 32").split()]}
+KILLED = "train_grpo.py --task countdown --steps 10000 --eval_count 0 --prompts_per_step 2 --timeout 60"
 
 
 def draw_weights(model, _):
-    """In the place of load_weights: random ones."""
-    init_weights(model, generator("weights"))
+    """In the place of load_weights: random ones, drawn on the model's device, where 8B take no time."""
+    init_weights(model, torch.Generator(next(model.parameters()).device).manual_seed(0))
 
 
 class Job(Run):
@@ -88,12 +105,22 @@ class Job(Run):
     def draw_prompts(self):
         """Problems of Countdown, each with a random prompt."""
         examples = TASKS["countdown"].load("train", count=self.args.prompts_per_step)
-        return [{**example, "ids": self.draw_ids(i, PROMPT_TOKENS)} for i, example in enumerate(examples)]
+        lengths = [PROMPT_TOKENS - 7 * (i % 8) for i in range(len(examples))]  # unequal, so that they are padded
+        return [{**example, "ids": self.draw_ids(i, lengths[i])} for i, example in enumerate(examples)]
 
-    def roll_out(self, rows):
-        """So many completions alone."""
-        prompts, keys = [self.draw_ids(i, PROMPT_TOKENS) for i in range(rows)], [(i,) for i in range(rows)]
-        complete(self.model, self.tokenizer, prompts, keys, **sampling_options(self.args))
+    def roll_out(self, rows=6, only_last_block=False):
+        """So many completions alone; or four rounds of their last block, in a canvas of the same length."""
+        options, prompt_length = sampling_options(self.args), PROMPT_TOKENS
+        if only_last_block:
+            prompt_length += options["gen_length"] - options["block_length"]
+            options |= {"gen_length": options["block_length"], "diffusion_steps": 4}
+        prompts = [self.draw_ids(i, prompt_length - 7 * i) for i in range(rows)]
+        complete(self.model, self.tokenizer, prompts, [(i,) for i in range(rows)], **options)
+
+
+def new_job(is_tiny, procs, script, *words):
+    """A Job of LLaDA-8B, or in small. words: further options of the script."""
+    return Job(script, [*OF_8B, *(OF_TINY[script] if is_tiny else ()), *words], procs)
 
 
 # ---------------------------------------------------------------- measuring
@@ -130,70 +157,131 @@ def held_bytes(job):
 
 
 def show(name, measured, planned, flops, tokens):
-    """A line of the table. measured: (bytes, seconds); planned: bytes."""
+    """A line of the table. measured: (bytes, seconds); planned: bytes. Returns both bytes."""
     peak, seconds = measured
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     mfu = [f"{flops / seconds / most:.0%}" for gpu, most in PEAKS.items() if gpu in device] or ["-"]
-    print(f"{name:<30} {seconds:8.1f} {flops / TFLOPS:8.1f} {tokens / seconds:9.0f} {flops / seconds / 1e12:8.2f} "
-          f"{mfu[0]:>5} {peak / GIB:9.3f} {planned / GIB:9.3f}", flush=True)
+    print(COLUMNS.format(name, f"{seconds:.1f}", f"{flops / TFLOPS:.1f}", f"{tokens / seconds:.0f}",
+                         f"{flops / seconds / 1e12:.2f}", mfu[0], f"{peak / GIB:.3f}", f"{planned / GIB:.3f}"),
+          flush=True)
     return peak, planned
 
 
-def measure_sft(words, procs):
-    """(bytes measured, bytes planned) of an SFT step."""
-    job = Job(train_sft, words, procs)
+def print_profile(name, work):
+    """The attention that torch chose in work(), and the ten kernels (on a CPU: operations) that took longest."""
+    on_gpu = torch.cuda.is_available()
+    work()  # warms up
+    began = time.monotonic()
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as trace:
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+    seconds, events = time.monotonic() - began, trace.key_averages()
+    attention = {event.key.removeprefix("aten::") for event in events if "_scaled_dot_product_" in event.key}
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    times = [(event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
+             for event in events if event.device_type == kind and not event.is_user_annotation]
+    total = sum(time for time, _, _ in times)
+    print(f"{name}: {seconds:.2f} s, of it kernels {total / 1e6:.2f} s; attention: {', '.join(sorted(attention))}")
+    for microseconds, count, key in sorted(times, reverse=True)[:10]:
+        print(f"  {microseconds / 1e3:9.1f} ms {microseconds / max(total, 1):4.0%} {count:6} x {key[:88]}", flush=True)
+
+
+# ---------------------------------------------------------------- the parts
+
+def show_profile(make_job):
+    job = make_job(train_grpo, "--rollout_batch", 6)
+    print_profile("4 rounds of a rollout of 6", functools.partial(job.roll_out, only_last_block=True))
+    job = make_job(train_sft, "--batch_size", 1, "--microbatch", 1)
+    print_profile("SFT update of 1 row", functools.partial(job.step, 0))
+
+
+def measure_rollout(make_job, *words):
+    job = make_job(train_grpo, "--rollout_batch", 6, *words)
+    job.roll_out(only_last_block=True)  # warms up
+    plan, args = job.plan, job.args
+    planned = plan.memory()["rollout"] - plan.memory()["optimizer"]  # it has no state before the first update
+    name = f"rollout, 6 x {args.gen_length}, {args.diffusion_steps} rounds"
+    row = show(" ".join([name, *words]), measure(job, job.roll_out), planned,
+               plan.flops("rollout") * 6 / plan.passes["rollout"].total, 6 * args.gen_length)
+    if words:
+        print_profile("4 rounds of it", functools.partial(job.roll_out, only_last_block=True))
+    return row
+
+
+def measure_compiled(make_job):
+    return measure_rollout(make_job, "--compile")
+
+
+def measure_sft(make_job):
+    job = make_job(train_sft)
     job.step(0)  # warms up, and makes the optimizer's state
     plan, update = job.plan, job.plan.passes["update"]
-    measured = measure(job, lambda: job.step(1))
-    return show(f"SFT step, {update.total} rows of {update.length}", measured, plan.memory()["peak"],
-                plan.flops("update"), update.total * update.length)
+    return show(f"SFT update, {update.total} x {update.length}", measure(job, lambda: job.step(1)),
+                plan.memory()["peak"], plan.flops("update"), update.total * update.length)
 
 
-def measure_grpo(words, procs):
-    """[(bytes measured, bytes planned)] of a rollout of 6 completions, and of a diffu-GRPO step."""
-    job = Job(train_grpo, words, procs)
-    plan, args = job.plan, job.plan.args
-    memory, completions = plan.memory(), plan.passes["rollout"].total
-    sampled = memory["rollout"] - memory["optimizer"]  # it has no state before the first update
-    measured = measure(job, lambda: job.roll_out(6))
-    rollout = show(f"rollout, 6 x {args.gen_length}, {args.diffusion_steps} rounds", measured, sampled,
-                   plan.flops("rollout") * 6 / completions, 6 * args.gen_length)
-    flops = plan.flops("rollout") + plan.flops("logps") + plan.flops("update")
-    ratios = []
+def measure_step(make_job, *words):
+    job, ratios = make_job(train_grpo, *words), []
+    plan, args, completions = job.plan, job.args, job.plan.passes["rollout"].total
 
     def objective(logps, old_logps, *others):
         ratios.append((logps.detach() - old_logps).abs().max())
         return train_grpo.diffu_grpo(logps, old_logps, *others)
-    measured = measure(job, lambda: job.step(0, objective=objective))
-    step = show(f"GRPO step, {args.prompts_per_step} x {args.group_size} completions", measured, memory["peak"],
-                flops, completions * args.gen_length)
+    flops = sum(plan.flops(phase) for phase in ("rollout", "logps", "update"))
+    name = f"GRPO step, {args.prompts_per_step} x {args.group_size}, mu {args.num_iterations}"
+    row = show(name, measure(job, lambda: job.step(0, objective=objective)), plan.memory()["peak"], flops,
+               completions * args.gen_length)
     first = ratios[:len(ratios) // args.num_iterations]  # before any update: exactly 0, or kernels differ
-    print(f"largest log ratio of the first update: {float(max(first)):g}")
-    return [rollout, step]
+    print(f"  largest log ratio of its first update: {float(max(first)):g}", flush=True)
+    return row
+
+
+def measure_gdpo(make_job):
+    return measure_step(make_job, "--prompts_per_step", 2, "--num_iterations", 12, "--rollout_batch", 12)
+
+
+def kill_one(make_job):
+    device, seconds = "cuda" if torch.cuda.device_count() > 1 else "cpu", 30
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with tempfile.TemporaryDirectory() as folder:
+        out, began = Path(folder, "run"), time.monotonic()
+        command = [*launcher, *KILLED.split(), "--device", device, "--out", str(out)]
+        is_forced = live(command, Path(folder, "log"), seconds, "SIGKILL to one", random.Random(0))
+        left, steps = time.monotonic() - began - seconds, len(logged_steps(out))
+    end = "HAD TO BE FORCED" if is_forced else "ended"
+    print(f"one of two processes on {device} killed after {steps} steps: the job {end} in {left:.1f} s", flush=True)
+
+
+PARTS = {"profile": show_profile, "rollout": measure_rollout, "compiled": measure_compiled, "sft": measure_sft,
+         "gdpo": measure_gdpo, "kill": kill_one, "step": measure_step}
 
 
 def main(argv=None):
-    """Returns [(bytes measured, bytes planned)] of an SFT step, a rollout, a GRPO step."""
+    """Returns {part: (bytes measured, bytes planned)}, of those that measure bytes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="the embedded model's config and short rows")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--tiny", action="store_true", help="in small; without compiled, which takes minutes")
     parser.add_argument("--device", default="", help="cuda or cpu, or else a GPU where there is one")
     parser.set_defaults(dtype="")  # bfloat16 on a GPU
     args = parser.parse_args(argv)
-    sft = ["--model", ROOT / "tests" / "llada_8b", "--preset", "8b", "--lora_r", 128]
-    grpo = [*sft, "--rollout_batch", 6]
-    if args.tiny:
-        sft += ["--model", TINY, *TINY_SFT.split()]
-        grpo += ["--model", TINY, *TINY_GRPO.split()]
-    began = time.monotonic()
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {' '.join(sorted(unknown))}: choose some of {', '.join(PARTS)}")
+    parts = args.parts or [part for part in PARTS if not args.tiny or part != "compiled"]
+    began, rows = time.monotonic(), {}
     with processes(args) as procs:
-        print(f"{'':<30} {'seconds':>8} {'planned':>8} {'tokens/s':>9} {'TFLOP/s':>8} {'MFU':>5} {'peak GiB':>9} "
-              f"{'planned':>9}")
-        sft_step = measure_sft(sft, procs)
-        gc.collect()  # of the first model, which holds itself in a cycle
-        rows = [sft_step, *measure_grpo(grpo, procs)]
+        print(f"torch {torch.__version__}, {procs.device}, {procs.dtype}")
+        if procs.device.type == "cuda" and not args.tiny:
+            rate = peak_flops(procs.device, procs.dtype) / 1e12
+            print(f"{torch.cuda.get_device_name()}, {rate:.0f} TFLOP/s in a product of large matrices")
+        print(COLUMNS.format("", "seconds", "planned", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "planned"))
+        for part in parts:
+            rows[part] = PARTS[part](functools.partial(new_job, args.tiny, procs))
+            gc.collect()  # a model holds itself in a cycle
     print(f"{time.monotonic() - began:.0f} s in all; planned seconds are for {TFLOPS / 1e12:.0f} TFLOP/s; tokens: "
           "trained in SFT, else generated")
-    return rows
+    return {part: row for part, row in rows.items() if row}
 
 
 if __name__ == "__main__":

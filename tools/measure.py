@@ -9,9 +9,12 @@ from model import copy_into
 
 
 def init_weights(model, generator):
-    """Random weights: normal(0, init_std), smaller by sqrt(2 layers) into the residual stream."""
+    """Random weights: normal(0, init_std), smaller by sqrt(2 layers) into the residual stream.
+
+    generator: on the model's device or on the CPU, where the draws are then made.
+    """
     for name, parameter in model.named_parameters():
-        weights = torch.ones(parameter.shape)  # of a norm
+        weights = torch.ones(parameter.shape, device=generator.device)  # of a norm
         if parameter.dim() > 1:
             into_residual = ".blocks." in name and ("attn_out" in name or "ff_out" in name)
             divisor = (2 * model.config.n_layers) ** 0.5 if into_residual else 1.0

@@ -9,6 +9,7 @@ weights. The last checkpoint is evaluated; the paper's rows with RL are the best
 """
 import argparse
 import functools
+import os
 import shlex
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ TASKS, LENGTHS = ("gsm8k", "math500", "countdown", "sudoku"), (128, 256, 512)
 BASE, SFT, RL, SFT_RL = PAPER  # the rows, in the order in which they are made
 FOLDERS = {BASE: "base", SFT: "sft", RL: "rl", SFT_RL: "sft_rl"}
 PUZZLES = ("countdown", "sudoku")  # their test problems are in the authors' repository
+PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}  # seconds that torchrun gives a stopped run for its checkpoint
 TRAINING = {"countdown": ["--data", "Jiayi-Pan/Countdown-Tasks-3to4"]}  # the others load what the paper trains on
 
 
@@ -36,8 +38,7 @@ class Table:
         self.args = args
         self.launcher = [sys.executable]
         if args.gpus > 1:
-            self.launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}",
-                              "--shutdown-timeout=600"]
+            self.launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
 
     def run(self, words, out, log):
         """Run a command, its output to a file; a failure ends the program."""
@@ -47,7 +48,7 @@ class Table:
             return
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a") as file:
-            code = subprocess.run(words, stdout=file, stderr=file).returncode
+            code = subprocess.run(words, stdout=file, stderr=file, env={**os.environ, **PATIENCE}).returncode
         if code or not out.exists():
             raise SystemExit(f"error: exit code {code}, see {log}; mend it and repeat the command")
 

@@ -277,8 +277,8 @@ def print_cost(plan, tflops):
     print(f"times are estimates, for {tflops:g} TFLOP/s a GPU and communication hidden behind them")
     saved, size = "after the last step alone", plan.checkpoint_bytes() / GIB
     if plan.args.save_every:
-        saved = f"every {plan.args.save_every} steps, {plan.args.save_every * step / rate / 60:.0f} minutes"
-    print(f"a checkpoint takes {size:.1f} GiB on disk, written {saved}; leave room for three")
+        saved = f"every {plan.args.save_every} steps, {plan.args.save_every * step / rate / 60:.1f} minutes"
+    print(f"a checkpoint takes {size:.1f} GiB on disk, written {saved}; leave room for three, {3 * size:.1f} GiB")
 
 
 def main(argv=None):
