@@ -40,7 +40,7 @@ from lora import adapters_off, add_lora, init_lora  # noqa: E402
 from model import TINY, Config, LLaDA  # noqa: E402
 from parallel import Processes  # noqa: E402
 from sample import draw_noise, generate, pad_left  # noqa: E402
-from tools import transcription  # noqa: E402
+from tools import number, transcription  # noqa: E402
 from tools.measure import by_turns, count_flops, init_weights, peak_flops, peak_memory, print_table  # noqa: E402
 from variants import fast_dllm  # noqa: E402
 
@@ -258,7 +258,7 @@ def parse_args(argv=None):
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes")
     parser.add_argument("--json", metavar="FILE", help="write the ratios there")
     parser.add_argument("--size", choices=("embedded", "8b"), default="embedded")
-    parser.add_argument("--rounds", type=int, help="default: 5, with --quick 2")
+    parser.add_argument("--rounds", type=number(int, 1), help="default: 5, with --quick 2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 

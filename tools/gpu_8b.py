@@ -46,7 +46,7 @@ from run import Run  # noqa: E402
 from sample import complete, sampling_options  # noqa: E402
 from tools.measure import init_weights, peak_flops  # noqa: E402
 from tools.plan import GIB, PROMPT_TOKENS, Plan, read_config  # noqa: E402
-from tools.soak import live, logged_steps  # noqa: E402
+from tools.soak import end_life, logged_losses, start, wait_for  # noqa: E402
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense
 TFLOPS = 400e12  # of the planned seconds
@@ -247,8 +247,10 @@ def kill_one(make_job):
     with tempfile.TemporaryDirectory() as folder:
         out, began = Path(folder, "run"), time.monotonic()
         command = [*launcher, *KILLED.split(), "--device", device, "--out", str(out)]
-        is_forced = live(command, Path(folder, "log"), seconds, "SIGKILL to one", random.Random(0))
-        left, steps = time.monotonic() - began - seconds, len(logged_steps(out))
+        job = start(command, Path(folder, "log"))
+        wait_for("at random", out, job, seconds)
+        is_forced = end_life(job, "SIGKILL to one", random.Random(0))
+        left, steps = time.monotonic() - began - seconds, len(logged_losses(out))
     end = "HAD TO BE FORCED" if is_forced else "ended"
     print(f"one of two processes on {device} killed after {steps} steps: the job {end} in {left:.1f} s", flush=True)
 

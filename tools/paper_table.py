@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tools import number  # noqa: E402
 from tools.measure import print_table  # noqa: E402
 from tools.published import PAPER, find_in_paper  # noqa: E402
 from tools.regrade import find_generations, grade  # noqa: E402
@@ -127,9 +128,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="folder or hub id of the base")
     parser.add_argument("--out", type=Path, default=Path("runs/paper_table"), help="folder of all runs")
-    parser.add_argument("--gpus", type=int, default=1, help="processes of torchrun on this node")
+    parser.add_argument("--gpus", type=number(int, 1), default=1, help="processes of torchrun on this node")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--lengths", nargs="+", type=number(int, 1), default=LENGTHS)
     parser.add_argument("--rows", nargs="+", choices=tuple(PAPER), default=tuple(PAPER), metavar="ROW",
                         help=f"some of {', '.join(map(repr, PAPER))}")
     parser.add_argument("--sft", default="--task s1k --truncate", help="options of train_sft.py")
@@ -140,9 +141,6 @@ def parse_args(argv=None):
     parser.add_argument("--show", action="store_true", help="print what there is, run nothing")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
-    for name, least in (("gpus", args.gpus), ("lengths", min(args.lengths))):
-        if least < 1:
-            parser.error(f"argument --{name}: {least}: must be above 0")
     args.out = args.out.resolve()
     if Path(args.model).is_dir():
         args.model = str(Path(args.model).resolve())

@@ -18,6 +18,7 @@ import sample  # noqa: E402
 from data import TASKS  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import LLaDA, find_checkpoint  # noqa: E402
+from tools import number  # noqa: E402
 from tools.plot import read_run, save_small  # noqa: E402
 from tools.watch import COLOURS, EOS, read_canvas, verdict, wrap  # noqa: E402
 
@@ -29,7 +30,7 @@ WIDTH, HEIGHT = 28, 11  # of a canvas, in characters and lines
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a run of train_grpo.py with data/tiny")
-    parser.add_argument("--index", type=int, default=6, help="of the held-out problem")
+    parser.add_argument("--index", type=number(), default=6, help="of the held-out problem")
     parser.add_argument("--out", default=str(ROOT / "docs" / "figures" / "readme.png"))
     return parser.parse_args(argv)
 

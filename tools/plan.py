@@ -20,6 +20,7 @@ from lora import add_lora  # noqa: E402
 from model import HEAD_CHUNK, Config, LLaDA, find_checkpoint  # noqa: E402
 from parallel import Processes  # noqa: E402
 from sample import check_schedule  # noqa: E402
+from tools import number  # noqa: E402
 
 GIB = 2 ** 30
 PROMPT_TOKENS = 200  # of a planned prompt
@@ -286,9 +287,10 @@ def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("script", choices=SCRIPTS)
-    parser.add_argument("--gpus", type=int, default=1, help="over all nodes (default: 1)")
-    parser.add_argument("--gpu_memory", type=float, default=79, help="GiB of a GPU (default: 79, of an 80 GB GPU)")
-    parser.add_argument("--tflops", type=float, default=400,
+    parser.add_argument("--gpus", type=number(int, 1), default=1, help="over all nodes (default: 1)")
+    parser.add_argument("--gpu_memory", type=number(float, 0.1), default=79,
+                        help="GiB of a GPU (default: 79, of an 80 GB GPU)")
+    parser.add_argument("--tflops", type=number(float, 0.1), default=400,
                         help="1e12 operations a second of a GPU (default: 400, 40%% of an H100's peak in bfloat16)")
     own, words = parser.parse_known_args(argv)
     args = SCRIPTS[own.script][0](words)

@@ -12,6 +12,7 @@ pip install matplotlib
 import argparse
 import json
 import re
+import sys
 import time
 from pathlib import Path
 from statistics import mean
@@ -19,6 +20,10 @@ from statistics import mean
 import numpy
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools import number  # noqa: E402
+
 TITLES = {  # metric: its title, which says what is good
     "held_out_accuracy": "Held-out problems solved (more is better)",
     "held_out_greedy": "Held-out problems solved, greedy (more is better)",
@@ -45,9 +50,10 @@ def parse_args(argv=None):
     parser.add_argument("runs", nargs="*", help="folders of training runs")
     parser.add_argument("--metrics", nargs="+", help=f"default: {', '.join(OF_RL)}; of SFT {', '.join(OF_SFT)}")
     parser.add_argument("--x", choices=AXES, default="step", help="update: steps times num_iterations")
-    parser.add_argument("--smooth", type=int, default=1, help="mean over so many steps; evaluations are not smoothed")
+    parser.add_argument("--smooth", type=number(int, 1), default=1,
+                        help="mean over so many steps; evaluations are not smoothed")
     parser.add_argument("--out", default="plot.png", help=".png, .svg or .pdf (%(default)s)")
-    parser.add_argument("--every", type=float, metavar="SECONDS", help="draw again until all runs have ended")
+    parser.add_argument("--every", type=number(float, 1), metavar="SECONDS", help="draw again until all runs have ended")
     parser.add_argument("--docs", action="store_true", help="draw docs/figures from docs/results")
     return parser.parse_args(argv)
 

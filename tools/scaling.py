@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from d1 import generator  # noqa: E402
+from tools import number  # noqa: E402
 from tools.benchmark import build_model, make_policy, sampler, update_phase  # noqa: E402
 from tools.measure import count_flops, print_table, seconds  # noqa: E402
 
@@ -74,7 +75,7 @@ def fit(make, name, sizes, device, repeats):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write sizes, seconds and exponents there")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each size, one where it takes long")
+    parser.add_argument("--repeats", type=number(int, 1), default=3, help="runs of each size, one where it takes long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 

@@ -30,6 +30,7 @@ from data.tokenizer import Tokenizer  # noqa: E402
 from model import TINY, LLaDA  # noqa: E402
 from run import write_json  # noqa: E402
 from sample import complete  # noqa: E402
+from tools import number  # noqa: E402
 from tools.measure import print_table  # noqa: E402
 
 G, K = 6, (1, 2, 3, 6)
@@ -142,10 +143,10 @@ def rows_of(task, p, seeds):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=["countdown", "sudoku"])
-    parser.add_argument("--p_mask_prompt", type=float, nargs="+", default=[0.15, 0.3])
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--draws", type=int, default=12, help="of masks per prompt: 12, 18, 24 ...")
-    parser.add_argument("--seeds", type=int, default=3, help="each with its own problems, rollouts and masks")
+    parser.add_argument("--p_mask_prompt", type=number(float), nargs="+", default=[0.15, 0.3])
+    parser.add_argument("--prompts", type=number(int, 1), default=16)
+    parser.add_argument("--draws", type=number(int, 1), default=12, help="of masks per prompt: 12, 18, 24 ...")
+    parser.add_argument("--seeds", type=number(int, 1), default=3, help="each with its own problems and masks")
     parser.add_argument("--json", metavar="FILE", help="write the ratios there")
     args = parser.parse_args(argv)
     if args.draws % K[-1] or args.draws < 2 * K[-1]:
