@@ -5,9 +5,11 @@
 
 A completion of the embedded model says in its first words what it will do (data/tiny/README.md): work the problem out,
 guess, or talk without tags. metrics.jsonl gets, for each habit, its share of a step's rollouts, and their mean reward,
-advantage and accuracy. --reward exact pays for a solved problem alone.
+advantage and accuracy. --reward exact pays for a solved problem alone. --fill_behind_eos scores canvases which hold EOS
+behind the first EOS, in place of what was sampled there.
 """
 import argparse
+import functools
 import sys
 import types
 from collections import defaultdict
@@ -43,10 +45,21 @@ def count_behaviours(rows, group_size):
     return counts | means
 
 
-def train_step(*inputs, **methods):
+def filled(draw, eos_id):
+    """draw, which first overwrites what a rollout says behind the first EOS."""
+    def fill_and_draw(rollout, step, args, procs):
+        rollout.completions = rollout.completions.masked_fill(~rollout.mask, eos_id)  # (N, G, L)
+        return draw(rollout, step, args, procs)
+
+    return fill_and_draw
+
+
+def train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, *, is_filled, draw, **methods):
     """train_grpo.train_step, and what the habits did. For one process."""
-    log, rows = train_grpo.train_step(*inputs, **methods)
-    args = inputs[6]
+    if is_filled:
+        draw = filled(draw, tokenizer.eos_id)
+    log, rows = train_grpo.train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, draw=draw,
+                                      **methods)
     return log | count_behaviours(rows, args.group_size), rows
 
 
@@ -59,18 +72,18 @@ def pay_for_solutions(task):
 
 
 def parse_args(argv=None):
-    words = sys.argv[1:] if argv is None else argv
+    """What the rollouts are paid and how they are filled, and the options of variants/grpo.py."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--reward", choices=("own", "exact"), default="own")
-    chosen, others = own.parse_known_args(words)
-    args = grpo.parse_args(others)
-    return chosen.reward, args
+    own.add_argument("--fill_behind_eos", action="store_true")
+    chosen, others = own.parse_known_args(argv)
+    return chosen, grpo.parse_args(others)
 
 
-def main(reward, args):
-    if reward == "exact":
+def main(chosen, args):
+    if chosen.reward == "exact":
         TASKS[args.task] = pay_for_solutions(TASKS[args.task])
-    return grpo.main(args, step=train_step)
+    return grpo.main(args, step=functools.partial(train_step, is_filled=chosen.fill_behind_eos))
 
 
 if __name__ == "__main__":
