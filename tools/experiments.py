@@ -27,6 +27,8 @@ MEASURED = SHORT.replace("--eval_count 0", "--eval_count 256 --eval_every 0")  #
 SFT = ("train_sft.py --task countdown sudoku --split corrected --count 500 --steps 80 --batch_size 32 --lr 1e-4 "
        "--warmup 0 --seed {seed}")
 
+BEFORE_TOO = MEASURED.replace("--eval_every 0", "--eval_every 20") + " --model <0>/step_000080"
+
 
 def evaluate(model):
     """The commands that evaluate a model at three lengths."""
@@ -68,9 +70,14 @@ EXPERIMENTS = {
         "StableDRL": [MEASURED + " --objective stabledrl"],
         "JustGRPO": [MEASURED.replace("grpo.py", "just_grpo.py")],
     },
+    "traces": {  # of the SFT before RL: half of them go back ("corrected"), or none ("worked")
+        "diffu-GRPO": [MEASURED],
+        "corrected": [SFT, BEFORE_TOO],
+        "worked": [SFT.replace("corrected", "worked"), BEFORE_TOO],
+    },
     "samplers": {
         "exact": [f"train_grpo.py {GRPO}"],
-        "threshold": [SHORT],
+        "threshold": [MEASURED],
         "threshold and cache": [SHORT + " --cache dual"],
         "threshold, random first": [SHORT + " --random_first"],
         "entropy bound": [f"variants/grpo.py {GRPO} --entropy_bound 0.5"],
@@ -159,7 +166,7 @@ def read_evaluation(out):
 def read_training(out):
     """Reward and accuracy of a training's last rollouts, its median seconds a step, and its curve of accuracy.
 
-    And the greedy accuracy on held-out problems after it, where it was measured.
+    And the accuracy on held-out problems after it (and before), greedy and at the rollouts' temperature, if measured.
     """
     lines = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in lines if "loss" in row]  # the other lines are evaluations, the first of them before step 1
@@ -167,8 +174,10 @@ def read_training(out):
     result = {name: statistics.mean(row[name] for row in steps[-LAST:]) for name in ("reward", "accuracy")}
     summary = ROOT / out / "summary.json"
     after = json.loads(summary.read_text()) if summary.exists() else {}
-    if "greedy_after" in after:
-        result["held-out greedy"] = after["greedy_after"]
+    for name, title in (("greedy_before", "held-out greedy before"), ("greedy_after", "held-out greedy"),
+                        ("accuracy_after", "held-out")):
+        if name in after:
+            result[title] = after[name]
     return {**result, "seconds": statistics.median(seconds), "curve": [round(row["accuracy"], 4) for row in steps]}
 
 
