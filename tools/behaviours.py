@@ -5,7 +5,7 @@
 
 A completion of the embedded model says in its first words what it will do (data/tiny/README.md): work the problem out,
 guess, or talk without tags. metrics.jsonl gets, for each habit, its share of a step's rollouts, and their mean reward,
-advantage and accuracy. --reward exact pays for a solved problem alone. --fill_behind_eos scores canvases which hold EOS
+advantage and accuracy. --reward exact pays for a solved problem alone. --fill_behind_eos scores canvases that hold EOS
 behind the first EOS, in place of what was sampled there.
 """
 import argparse
