@@ -5,7 +5,7 @@
     python tools/methods.py                         print the table, draw docs/figures/methods.png
 
 A row pass is a row of the network that goes forward; one that goes backward counts as two more. Minutes are those of
-one CPU core. Both are of one step of a model that diffu-GRPO has trained, whose completions are as long as those of most.
+one CPU core. Both are of one step of Countdown, of a model that diffu-GRPO has trained, so that completions are long.
 """
 import argparse
 import importlib
@@ -15,7 +15,6 @@ import shlex
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -29,6 +28,7 @@ from model import LLaDA  # noqa: E402
 from tools import experiments  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
+TASK = experiments.TASKS[0]
 FIRST = "diffu-GRPO"  # the method whose row passes and minutes are a budget for all
 LAST = experiments.LAST
 # rows of an earlier experiment, of the same runs without held-out problems, for the methods that "methods" lacks
@@ -38,50 +38,36 @@ EARLIER = {"wd1": "wd1", "sequence": "GSPO", "random_mask": "UniGRPO", "coupled"
 
 # ---------------------------------------------------------------- costs
 
-@contextmanager
-def counted_rows():
-    """A list whose only number grows by the row passes of the LLaDA models that run."""
-    rows = [0]
+def count_step(command, model):
+    """{"row_passes", "seconds"} of the first step of a command, from a model; seconds begin at its first forward pass."""
+    script, *words = shlex.split(command)
+    program = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    rows, starts = [], []
 
     def count(module, inputs):
         if isinstance(module, LLaDA):
-            rows[0] += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
+            starts.append(time.process_time())
+            rows.append(len(inputs[0]) * (3 if torch.is_grad_enabled() else 1))
 
     hook = register_module_forward_pre_hook(count)
     try:
-        yield rows
+        with tempfile.TemporaryDirectory() as folder:
+            options = ["--model", model, "--steps", "1", "--eval_count", "0", "--out", f"{folder}/run"]
+            program.main(program.parse_args([*words, *options]))
+            return {"row_passes": sum(rows), "seconds": time.process_time() - starts[0]}
     finally:
         hook.remove()
 
 
-def count_run(command, options):
-    """The row passes and CPU seconds of a command in this process."""
-    script, *words = shlex.split(command)
-    program = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    with tempfile.TemporaryDirectory() as folder, counted_rows() as rows:
-        args = program.parse_args([*words, "--eval_count", "0", *options, "--out", f"{folder}/run"])
-        start = time.process_time()
-        program.main(args)
-        return rows[0], time.process_time() - start
-
-
-def count_step(command, model):
-    """{"row_passes", "seconds"} of the first step of a command, from a model."""
-    (none, loading), (rows, seconds) = (count_run(command, ["--model", model, "--steps", steps]) for steps in "01")
-    return {"row_passes": rows - none, "seconds": seconds - loading}
-
-
-def count_all(rows, tasks):
-    """[{row, task, row_passes, seconds}] of every method."""
+def count_all(rows):
+    """[{row, row_passes, seconds}] of every method."""
     torch.set_num_threads(1)
+    [(_, trained)] = experiments.resolve(rows[FIRST], TASK, 0)
     counted = []
-    for task in tasks:
-        [(_, folder)] = experiments.resolve(rows[FIRST], task, 0)
-        for row, commands in rows.items():
-            if task in experiments.tasks_of(row, tasks):
-                [(command, _)] = experiments.resolve(commands, task, 0)
-                counted.append({"row": row, "task": task, **count_step(command, str(ROOT / folder))})
-                print(counted[-1], flush=True)
+    for row, commands in rows.items():
+        [(command, _)] = experiments.resolve(commands, TASK, 0)
+        counted.append({"row": row, **count_step(command, str(ROOT / trained))})
+        print(counted[-1], flush=True)
     return counted
 
 
@@ -109,10 +95,10 @@ def compare(collected, counted):
 
     collected: rows of experiments.collect; counted: those of `count_all`. The budget is what FIRST uses in all.
     """
-    costs = {(cost["row"], cost["task"]): cost for cost in counted}
+    costs = {cost["row"]: cost for cost in counted}
     compared = []
     for row in collected:
-        cost, first = costs[row["row"], row["task"]], costs[FIRST, row["task"]]
+        cost, first = costs[row["row"]], costs[FIRST]
         curves = row["values"]["curve"]
         columns = {"20 rollouts": [accuracy_after(curve, len(curve)) for curve in curves]}
         for title, unit in (("equal row passes", "row_passes"), ("equal minutes", "seconds")):
@@ -184,7 +170,7 @@ def parse_args(argv=None):
 
 def main(args):
     if args.count:
-        counted = count_all(experiments.EXPERIMENTS["methods"], experiments.TASKS)
+        counted = count_all(experiments.EXPERIMENTS["methods"])
         written = {"command": "python tools/methods.py --count", "device": f"CPU, 1 of {os.cpu_count()} cores, float32",
                    "rows": counted}
         return (RESULTS / "methods_cost.json").write_text(json.dumps(written, indent=1) + "\n")
