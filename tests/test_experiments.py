@@ -53,11 +53,13 @@ def test_trainings_are_collected_over_seeds_and_compared_in_equal_time(tmp_path,
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     command = "train_grpo.py --task {task} --seed {seed}"
     rows = {"base": [command], "slow": [command + " --beta 0"]}
+    rows["not yet"] = [command + " --beta 1"]
     for row, seconds in (("base", 2), ("slow", 4)):
         for seed in (0, 1):
             [(_, out)] = experiments.resolve(rows[row], "sudoku", seed)
             write_training(tmp_path / out, seconds, seed)
-    base, slow = experiments.collect(rows, ["sudoku"], [0, 1])
+    base, slow = experiments.collect(rows, ["sudoku"], [0, 1, 2])
+    assert base["seeds"] == [0, 1]
     assert base["mean"]["reward"] == 18.5 and base["spread"]["reward"] == pytest.approx(0.5 ** 0.5)
     assert base["mean"]["accuracy in equal time"] == base["mean"]["accuracy"] == pytest.approx(18 / 20)
     assert slow["mean"]["seconds"] == pytest.approx(4)  # without the evaluation

@@ -8,6 +8,7 @@ import runpy
 import sys
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from helpers import GOLDEN, MASK_ID, ROOT, embedded, read_rows, reference_model, tensors, worst
@@ -102,6 +103,21 @@ def test_the_expectation_of_the_elbo_is_the_mean_of_the_chain_rule_over_all_orde
     both = estimators.elbo(network, make_rollout(), MASKED[:, [1, 6]], MASK)  # the mean of two draws
     each = [estimators.elbo(network, make_rollout(), MASKED[:, [k]], MASK) for k in (1, 6)]
     torch.testing.assert_close(both, sum(each) / 2)
+
+
+def test_the_expectation_of_the_quadrature_is_that_of_the_elbo():
+    """Two points are enough for three tokens. A mask has the probability of its tokens at the point's ratio."""
+    points, _ = numpy.polynomial.legendre.leggauss(2)
+    expected = sum(estimators.elbo(network, make_rollout(), MASKED[:, [k]], MASK).sum(-1) / (L + 1)
+                   / math.comb(L, sum(mask)) for k, mask in enumerate(ALL_MASKS))
+    total = 0
+    for pair in itertools.product(range(8), repeat=2):
+        ratio = estimators.quadrature_ratio((1, 2, 27), None).expand(2, -1, -1)  # (n, K, G)
+        masks = estimators.CompletionMasks(MASKED[:, list(pair)], ratio, None)
+        hidden = [sum(ALL_MASKS[k]) for k in pair]
+        shares = [((1 + point) / 2) ** size * ((1 - point) / 2) ** (L - size) for point, size in zip(points, hidden)]
+        total = total + math.prod(shares) * estimators.quadrature(network, make_rollout(), masks, MASK).sum(-1)
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-6)  # the points are float32
 
 
 def test_subsets_have_uniform_sizes_evenly_spaced_over_the_updates():
@@ -448,7 +464,7 @@ def take_step(options, monkeypatch, **replaced):
     "--masks_per_prompt 2", "--estimator mask_per_completion --objective sequence_mean",
     "--estimator fixed_masks --gumbel_bfloat16", "--estimator random_mask --masks_per_prompt 2 --objective wd1_mean",
     "--estimator coupled --objective sequence --beta 0.04 --epsilon 0.5 --cfg_scale 0.2",
-    "--estimator elbo --objective espo --epsilon 0.2",
+    "--estimator elbo --objective espo --epsilon 0.2", "--estimator quadrature --objective espo --beta 0.01",
     "--estimator sampled_rounds --masks_per_prompt 3 --beta 0.04",
     "--estimator trajectory --threshold 0.9 --cache dual",
     "--entropy_bound 0.5 --random_first", "--objective spg", "--objective stabledrl"])

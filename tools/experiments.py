@@ -27,6 +27,8 @@ MEASURED = SHORT.replace("--eval_count 0", "--eval_count 256 --eval_every 0")  #
 SFT = ("train_sft.py --task countdown sudoku --split corrected --count 500 --steps 80 --batch_size 32 --lr 1e-4 "
        "--warmup 0 --seed {seed}")
 
+BEFORE_TOO = MEASURED.replace("--eval_every 0", "--eval_every 20") + " --model <0>/step_000080"
+
 
 def evaluate(model):
     """The commands that evaluate a model at three lengths."""
@@ -68,9 +70,14 @@ EXPERIMENTS = {
         "StableDRL": [MEASURED + " --objective stabledrl"],
         "JustGRPO": [MEASURED.replace("grpo.py", "just_grpo.py")],
     },
+    "traces": {  # of the SFT before RL: half of them go back ("corrected"), or none ("worked")
+        "diffu-GRPO": [MEASURED],
+        "corrected": [SFT, BEFORE_TOO],
+        "worked": [SFT.replace("corrected", "worked"), BEFORE_TOO],
+    },
     "samplers": {
         "exact": [f"train_grpo.py {GRPO}"],
-        "threshold": [SHORT],
+        "threshold": [MEASURED],
         "threshold and cache": [SHORT + " --cache dual"],
         "threshold, random first": [SHORT + " --random_first"],
         "entropy bound": [f"variants/grpo.py {GRPO} --entropy_bound 0.5"],
@@ -159,7 +166,7 @@ def read_evaluation(out):
 def read_training(out):
     """Reward and accuracy of a training's last rollouts, its median seconds a step, and its curve of accuracy.
 
-    And the greedy accuracy on held-out problems after it, where it was measured.
+    And the accuracy on held-out problems after it (and before), greedy and at the rollouts' temperature, if measured.
     """
     lines = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in lines if "loss" in row]  # the other lines are evaluations, the first of them before step 1
@@ -167,8 +174,10 @@ def read_training(out):
     result = {name: statistics.mean(row[name] for row in steps[-LAST:]) for name in ("reward", "accuracy")}
     summary = ROOT / out / "summary.json"
     after = json.loads(summary.read_text()) if summary.exists() else {}
-    if "greedy_after" in after:
-        result["held-out greedy"] = after["greedy_after"]
+    for name, title in (("greedy_before", "held-out greedy before"), ("greedy_after", "held-out greedy"),
+                        ("accuracy_after", "held-out")):
+        if name in after:
+            result[title] = after[name]
     return {**result, "seconds": statistics.median(seconds), "curve": [round(row["accuracy"], 4) for row in steps]}
 
 
@@ -189,23 +198,30 @@ def add_equal_time(values, first_seconds):
         values["accuracy in equal time"].append(statistics.mean(curve[max(0, done - LAST):done]))
 
 
-def collect(rows, tasks, seeds):
-    """[{row, task, commands, values: {name: a number per seed}, mean, spread}], spread the sample standard deviation.
+def has_run(plan):
+    return all((ROOT / out / "summary.json").exists() for _, out in plan)
 
-    Of a training: reward and accuracy of the rollouts over its last steps, the held-out greedy accuracy if measured,
-    "seconds" of the median step of all seeds, and the accuracy in equal time.
+
+def collect(rows, tasks, seeds):
+    """[{row, task, seeds, commands, values: {name: a number per seed}, mean, spread}] of what has run.
+
+    spread: the sample standard deviation. Of a training: reward and accuracy of the rollouts over its last steps, the
+    held-out accuracies if measured, "seconds" of the median step of all seeds, and the accuracy in equal time.
     """
     collected, first_seconds = [], {}
     for label, commands in rows.items():
         for task in tasks_of(label, tasks):
-            results = [read_result(resolve(commands, task, seed)) for seed in seeds]
+            ran = [seed for seed in seeds if has_run(resolve(commands, task, seed))]
+            if not ran:
+                continue
+            results = [read_result(resolve(commands, task, seed)) for seed in ran]
             values = {name: [result[name] for result in results] for name in results[0]}
             if "curve" in values:
                 values["seconds"] = [statistics.median(values["seconds"])]
                 add_equal_time(values, first_seconds.setdefault(task, values["seconds"][0]))
             numbers = {name: column for name, column in values.items() if name != "curve"}
             collected.append({
-                "row": label, "task": task, "commands": resolve(commands, task, "SEED"), "values": values,
+                "row": label, "task": task, "seeds": ran, "commands": resolve(commands, task, "SEED"), "values": values,
                 "mean": {name: statistics.mean(column) for name, column in numbers.items()},
                 "spread": {name: statistics.stdev(column) for name, column in numbers.items() if len(column) > 1}})
     return collected
@@ -218,7 +234,7 @@ def show(collected):
         for name, mean in row["mean"].items():
             spread = f" ± {100 * row['spread'][name]:.1f}" if name in row["spread"] else ""
             cells.append(f"{mean:.1f} s" if name == "seconds" else f"{name} {100 * mean:.1f}{spread}")
-        print(f"| {row['task']} | {row['row']} | {' | '.join(cells)} |")
+        print(f"| {row['task']} | {row['row']} | {len(row['seeds'])} seeds | {' | '.join(cells)} |")
 
 
 def parse_args(argv=None):
@@ -228,6 +244,7 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores")
     parser.add_argument("--rows", nargs="+", help="only these; no file is written")
+    parser.add_argument("--collect", action="store_true", help="run nothing; read what has run")
     return parser.parse_args(argv)
 
 
@@ -240,12 +257,13 @@ def main(args):
     tasks = args.tasks or (("countdown",) if args.experiment in ("ablations", "samplers") else TASKS)
     plans = [resolve(commands, task, seed) for row, commands in rows.items() for task in tasks_of(row, tasks)
              for seed in args.seeds]
-    run_all(plans, args.jobs)
+    if not args.collect:
+        run_all(plans, args.jobs)
     collected = collect(rows, tasks, args.seeds)
     show(collected)
     if not args.rows and not args.tasks:
         command = f"python tools/experiments.py {args.experiment} --seeds {' '.join(map(str, args.seeds))}"
-        results = {"command": command, "commits": read_commits(plans),
+        results = {"command": command, "commits": read_commits(filter(has_run, plans)),
                    "device": f"CPU, {os.cpu_count()} cores, float32", "rows": collected}
         path = ROOT / f"docs/results/{args.experiment}.json"
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -50,17 +50,21 @@ def measure(model, tokenizer, task, examples, procs, sampler, **sampling):
 
 
 def measure_all(model, tokenizer, task, temperature, args, procs):
-    """A row for every block length, threshold or entropy bound, and cache. The first row is the exact sampler."""
+    """A row for every block length, threshold or entropy bound, and cache. The first row is the exact sampler.
+
+    With --random_first the thresholds and bounds have a second row, for completions that begin at a random position.
+    """
     split = "train" if args.train_split else "test"
     room = model.config.max_sequence_length - LENGTH
     examples = encode_prompts(TASKS[task].load(split, count=args.count), tokenizer, room, procs)
-    rules = [("-", "-"), *((threshold, "-") for threshold in args.threshold),
-             *(("-", bound) for bound in args.entropy_bound)]
+    rules = [{}, *({"threshold": threshold} for threshold in args.threshold),
+             *({"entropy_bound": bound} for bound in args.entropy_bound)]
+    rules += [{**rule, "random_first": True} for rule in rules[1:] if args.random_first]
     rows = []
-    for block, (threshold, bound), cache in itertools.product(args.block_length, rules, args.cache):
-        names = {"cache": cache, "threshold": threshold, "entropy_bound": bound}
-        row = {"task": task, "temperature": temperature, "block_length": block, **names}
-        sampler = {name: value for name, value in names.items() if value != "-"}
+    for block, rule, cache in itertools.product(args.block_length, rules, args.cache):
+        sampler = {**rule, "cache": cache} if cache != "-" else rule
+        row = {"task": task, "temperature": temperature, "block_length": block,
+               **{name: sampler.get(name, "-") for name in ("cache", "threshold", "entropy_bound", "random_first")}}
         row |= measure(model, tokenizer, task, examples, procs, sampler,
                        temperature=temperature, block_length=block)
         row["gain"] = (rows or [row])[0]["GFLOP"] / row["GFLOP"]
@@ -76,6 +80,7 @@ def parse_args(argv=None):
     parser.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.7, 0.5])
     parser.add_argument("--entropy_bound", type=float, nargs="+", default=[0.1, 0.5, 1.0])
     parser.add_argument("--cache", nargs="+", choices=("-", "prefix", "dual"), default=["-", "prefix", "dual"])
+    parser.add_argument("--random_first", action="store_true", help="measure it with each threshold and bound, too")
     parser.add_argument("--train_split", action="store_true", help="training problems instead of held-out ones")
     parser.add_argument("--count", type=int, default=512, help="problems")
     parser.add_argument("--json", metavar="FILE")

@@ -23,15 +23,11 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
              choose=choose):
     """sample.generate, with a threshold or an entropy bound, a random beginning, a cache ("prefix" or "dual").
 
-    All but the cache need diffusion_steps equal to gen_length, the most rounds that there can be. A cache needs a
-    model that is spread over processes to be within parallel.gathered.
+    A cache needs a model that is spread over processes to be within parallel.gathered.
     """
-    is_adaptive = random_first or (threshold, entropy_bound) != (None, None)
-    assert not is_adaptive or diffusion_steps == gen_length, "it can need a round for every token"
+    assert diffusion_steps == gen_length or not random_first and threshold is entropy_bound is None, "too few rounds"
     (B, P), T = prompt.shape, prompt.shape[1] + gen_length
-    x = F.pad(prompt, (0, gen_length), value=mask_id)  # (B, T), the canvas
-    attn_mask = F.pad(attn_mask, (0, gen_length), value=True)  # (B, T)
-    committed_at = torch.full_like(x, -1)  # (B, T)
+    x, attn_mask, committed_at = blank_canvas(prompt, attn_mask, gen_length, mask_id)  # (B, T) each
     schedule = num_transfer_tokens(block_length, diffusion_steps * block_length // gen_length)
     rows = torch.arange(B, device=x.device)  # (R,), those that go on
     rounds = torch.zeros_like(rows)  # (B,), that a row has taken: its own number of a round, without gaps
@@ -44,10 +40,7 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
             logits = predict(model, x[going], attn_mask[going], masked, computed, caches)  # (U, M, V)
             uniform = noise[going, step, :masked.shape[1]]  # (U, M)
             tokens = choose(logits, temperature, uniform, mask_id)  # (U, M)
-            confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (U, M)
-            is_chosen = pick(confidence.masked_fill(~is_masked, -torch.inf), count, threshold)  # (U, M)
-            if entropy_bound is not None:
-                is_chosen = pick_by_entropy(logits, is_masked, entropy_bound)
+            is_chosen = select(logits, tokens, is_masked, count, threshold, entropy_bound)  # (U, M)
             if random_first and step == 0:
                 is_chosen = pick(uniform * 2 ** 26 % 1, 1)  # by the low bits: `choose` goes by the high ones
             places = going[:, None], masked
@@ -71,11 +64,25 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
     return x, committed_at
 
 
+def blank_canvas(prompt, attn_mask, gen_length, mask_id):
+    """Canvases (B, T) with gen_length masks behind each prompt, their attn_mask, and their committed_at, all -1."""
+    x = F.pad(prompt, (0, gen_length), value=mask_id)
+    return x, F.pad(attn_mask, (0, gen_length), value=True), torch.full_like(x, -1)
+
+
 def find_masked(x, block, mask_id):
     """Positions (U, M) of a block, the masked ones first; and which are masked. M is the most that a row has."""
     is_masked = x[:, block] == mask_id  # (U, block_length)
     order = is_masked.int().argsort(dim=1, descending=True, stable=True)[:, :int(is_masked.sum(dim=1).max())]
     return block.start + order, is_masked.gather(1, order)
+
+
+def select(logits, tokens, is_masked, count, threshold, entropy_bound):
+    """Which of the drawn tokens (U, M) a round commits, by the rule that is not None, or else `count`. (U, M) bool."""
+    if entropy_bound is not None:
+        return pick_by_entropy(logits, is_masked, entropy_bound)
+    confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (U, M)
+    return pick(confidence.masked_fill(~is_masked, -torch.inf), count, threshold)
 
 
 def pick(confidence, count, threshold=None):

@@ -72,7 +72,8 @@ def begin_at_random(*inputs, generate, **methods):
     return train_grpo.train_step(*inputs, generate=generate, **methods)
 
 
-def main(args):
+def main(args, step=None):
+    """Train. step: in the place of train_grpo.train_step, where rollouts begin as usual."""
     estimator = ESTIMATORS[args.estimator]
 
     def objective(logps, old_logps, ref_logps, rollout, masked, args):
@@ -80,7 +81,7 @@ def main(args):
         return OBJECTIVES[args.objective](logps, old_logps, ref_logps, rollout, masked, args)
 
     return train_grpo.main(args, draw=estimator.draw, log_probs=estimator.log_probs, objective=objective,
-                           generate=pick_generate(args), step=begin_at_random if args.random_first else None)
+                           generate=pick_generate(args), step=begin_at_random if args.random_first else step)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import train_grpo  # noqa: E402
 from parallel import clip_and_step, gathered  # noqa: E402
 from variants import fast_dllm  # noqa: E402
-from variants.estimators import make_canvases  # noqa: E402
+from variants.canvases import make_canvases  # noqa: E402
 from variants.evaluate import check_rounds, drop_unread  # noqa: E402
 
 UNREAD = "num_iterations p_mask_prompt epsilon beta".split()

@@ -1,0 +1,183 @@
+"""All methods side by side: what experiments.py measured, at equal rollouts, row passes and minutes.
+
+    python tools/experiments.py methods --jobs 2    run what is missing: hours
+    python tools/methods.py --count                 count a step's row passes and time it: minutes
+    python tools/methods.py                         print the table, draw docs/figures/methods.png
+
+A row pass is a row of the network that goes forward; one that goes backward counts as two more. Minutes are those of
+one CPU core. Both are of one step of Countdown, of a model that diffu-GRPO has trained, so that completions are long.
+"""
+import argparse
+import importlib
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch.nn.modules.module import register_module_forward_pre_hook  # noqa: E402
+
+from model import LLaDA  # noqa: E402
+from tools import experiments  # noqa: E402
+
+RESULTS = ROOT / "docs" / "results"
+TASK = experiments.TASKS[0]
+FIRST = "diffu-GRPO"  # the method whose row passes and minutes are a budget for all
+LAST = experiments.LAST
+# rows of an earlier experiment, of the same runs without held-out problems, for the methods that "methods" lacks
+EARLIER = {"wd1": "wd1", "sequence": "GSPO", "random_mask": "UniGRPO", "coupled": "coupled-GRPO",
+           "trajectory": "StepMerge"}
+
+
+# ---------------------------------------------------------------- costs
+
+def count_step(command, model):
+    """{"row_passes", "seconds"} of the first step of a command, from a model; seconds begin at its first forward pass."""
+    script, *words = shlex.split(command)
+    program = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    rows, starts = [], []
+
+    def count(module, inputs):
+        if isinstance(module, LLaDA):
+            starts.append(time.process_time())
+            rows.append(len(inputs[0]) * (3 if torch.is_grad_enabled() else 1))
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            options = ["--model", model, "--steps", "1", "--eval_count", "0", "--out", f"{folder}/run"]
+            program.main(program.parse_args([*words, *options]))
+            return {"row_passes": sum(rows), "seconds": time.process_time() - starts[0]}
+    finally:
+        hook.remove()
+
+
+def count_all(rows):
+    """[{row, row_passes, seconds}] of every method."""
+    torch.set_num_threads(1)
+    [(_, trained)] = experiments.resolve(rows[FIRST], TASK, 0)
+    counted = []
+    for row, commands in rows.items():
+        [(command, _)] = experiments.resolve(commands, TASK, 0)
+        counted.append({"row": row, **count_step(command, str(ROOT / trained))})
+        print(counted[-1], flush=True)
+    return counted
+
+
+# ---------------------------------------------------------------- the table
+
+def accuracy_after(curve, steps):
+    """The mean accuracy of the rollouts over the LAST steps up to one, at the latest that of the curve's end."""
+    done = min(len(curve), max(1, round(steps)))
+    return mean(curve[max(0, done - LAST):done])
+
+
+def read_rows():
+    """The rows of docs/results/methods.json; where a method is not there, those of estimators.json."""
+    rows = json.loads((RESULTS / "methods.json").read_text())["rows"]
+    names = {(row["row"], row["task"]) for row in rows}
+    for row in json.loads((RESULTS / "estimators.json").read_text())["rows"]:
+        name = EARLIER.get(row["row"])
+        if name and (name, row["task"]) not in names:
+            rows.append({**row, "row": name})
+    return rows
+
+
+def compare(collected, counted):
+    """[{row, task, seeds, columns: {title: accuracies of the seeds}, row_passes, seconds}] with equal budgets.
+
+    collected: rows of experiments.collect; counted: those of `count_all`. The budget is what FIRST uses in all.
+    """
+    costs = {cost["row"]: cost for cost in counted}
+    compared = []
+    for row in collected:
+        cost, first = costs[row["row"]], costs[FIRST]
+        curves = row["values"]["curve"]
+        columns = {"20 rollouts": [accuracy_after(curve, len(curve)) for curve in curves]}
+        for title, unit in (("equal row passes", "row_passes"), ("equal minutes", "seconds")):
+            share = first[unit] / cost[unit]  # of the steps that are within the budget
+            columns[title] = [accuracy_after(curve, share * len(curve)) for curve in curves]
+        columns |= {name: row["values"][name] for name in ("held-out", "held-out greedy") if name in row["values"]}
+        compared.append({"row": row["row"], "task": row["task"], "seeds": len(curves), "columns": columns,
+                         "row_passes": cost["row_passes"], "seconds": cost["seconds"]})
+    return compared
+
+
+def cell(values):
+    """Mean and sample standard deviation of shares, in per cent."""
+    if not values:
+        return ""
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
+
+
+def show(compared):
+    """Print a Markdown table for each task, the best after all rollouts first."""
+    titles = ("20 rollouts", "equal row passes", "equal minutes", "held-out", "held-out greedy")
+    for task in dict.fromkeys(row["task"] for row in compared):
+        print(f"| {task} | seeds | {' | '.join(titles)} | row passes a step | seconds |\n" + "|---" * 9 + "|")
+        of_task = [row for row in compared if row["task"] == task]
+        for row in sorted(of_task, key=lambda row: -mean(row["columns"]["20 rollouts"])):
+            cells = [cell(row["columns"].get(title)) for title in titles]
+            print(f"| {row['row']} | {row['seeds']} | {' | '.join(cells)} | {row['row_passes']:,} | {row['seconds']:.1f} |")
+        print()
+
+
+# ---------------------------------------------------------------- the picture
+
+MARKS = {"20 rollouts": ("o", "black"), "equal row passes": ("s", "white"), "held-out greedy": ("D", "#9a9a9a")}
+
+
+def draw(compared):
+    """A panel for each task: a line for each method, its accuracies as marks, those of the seeds as small dots."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+    tasks = list(dict.fromkeys(row["task"] for row in compared))
+    figure = Figure(figsize=(10.8, 4.6), layout="constrained")
+    for task, panel in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
+        of_task = sorted((row for row in compared if row["task"] == task),
+                         key=lambda row: mean(row["columns"]["20 rollouts"]))
+        for height, row in enumerate(of_task):
+            for title, (marker, face) in MARKS.items():
+                values = row["columns"].get(title)
+                if values:
+                    panel.plot(mean(values), height, marker, color="black", markerfacecolor=face, markersize=7,
+                               label=title if height == len(of_task) - 1 else "_", zorder=3)
+            seeds = row["columns"]["20 rollouts"]
+            panel.plot([min(seeds), max(seeds)], [height, height], color="black", linewidth=1)
+            panel.plot(seeds, [height] * len(seeds), "|", color="black", markersize=8)
+        panel.set_yticks(range(len(of_task)), [row["row"] for row in of_task])
+        panel.set_title(task, loc="left")
+        panel.set_xlim(left=0)
+        panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", action="store_true", help="count row passes and seconds, write them")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if args.count:
+        counted = count_all(experiments.EXPERIMENTS["methods"])
+        written = {"command": "python tools/methods.py --count", "device": f"CPU, 1 of {os.cpu_count()} cores, float32",
+                   "rows": counted}
+        return (RESULTS / "methods_cost.json").write_text(json.dumps(written, indent=1) + "\n")
+    compared = compare(read_rows(), json.loads((RESULTS / "methods_cost.json").read_text())["rows"])
+    show(compared)
+    return draw(compared)
+
+
+if __name__ == "__main__":
+    main(parse_args())
