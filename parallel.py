@@ -26,7 +26,7 @@ PARALLEL_OPTIONS = DEVICE_OPTIONS | {
     "replicas": (1, 1, "copies of the model, each sharded over processes / replicas"),
 }
 POSITIVE = {"steps", "prompts_per_step", "batch_size", "num_iterations", "microbatch", "timeout",
-            "rollout_batch", "replicas", "lr", "lora_alpha", "grad_clip"}  # options that cannot be 0
+            "rollout_batch", "replicas", "lr", "lora_alpha", "grad_clip"}  # never 0
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP  # torchrun passes them on
 
 

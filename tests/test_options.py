@@ -16,12 +16,12 @@ PROGRAMS = {  # module: words that it needs besides
     "variants.just_grpo": "--task countdown",
     "tools.benchmark": "", "tools.experiments": "ablations", "tools.fast_table": "", "tools.gpu_8b": "",
     "tools.merge": "BASE ADAPTER OUT", "tools.paper_table": "", "tools.picture": "RUN", "tools.plan": "train_sft",
-    "tools.plot": "RUN", "tools.regrade": "PATH", "tools.report": "RUN", "tools.scaling": "", "tools.soak": "",
-    "tools.variance": "",
+    "tools.methods": "", "tools.plot": "RUN", "tools.regrade": "PATH", "tools.report": "RUN", "tools.scaling": "",
+    "tools.soak": "", "tools.variance": "",
 }
 BAD = ("-1", "nan", "inf", "1e400", "-0.5", "x")
 PLAIN_ZERO = {"seed", "seeds", "index", "count"}  # of which nobody asks what 0 means
-REFUSED_BY_MAIN = {"temperature", "group_size", "gen_length", "diffusion_steps", "block_length", "max_length"}
+REFUSED_LATER = {"temperature", "group_size", "gen_length", "diffusion_steps", "block_length", "max_length"}
 
 
 class Parsed(Exception):
@@ -47,7 +47,7 @@ def parse(program, *words):
         for name in ("parse_args", "parse_known_args"):
             patch.setattr(argparse.ArgumentParser, name, spy(name))
         args = getattr(module, "parse_args", module.main)(words)
-        if "device" in args:
+        if "dtype" in args:
             with processes(args):
                 pass
     return actions
@@ -55,14 +55,16 @@ def parse(program, *words):
 
 def numbers_of(program):
     """Its options that are numbers; of a variant, those that the path's script does not have."""
-    actions = [action for action in parse(program) if getattr(action.type, "__name__", "") in ("int", "float", "number")]
+    numbers = "int", "float", "number"
+    actions = [action for action in parse(program) if getattr(action.type, "__name__", "") in numbers]
     return [action for action in actions if not (program.startswith("variants") and action.metavar)]
 
 
 def test_no_program_is_left_out():
     files = [path for pattern in ("*.py", "variants/*.py", "tools/*.py") for path in ROOT.glob(pattern)]
     have_options = [path.relative_to(ROOT) for path in files if ".add_argument(" in path.read_text(encoding="utf-8")]
-    assert {str(path).removesuffix(".py").replace("/", ".") for path in have_options} - {"run"} == set(PROGRAMS)
+    names = {str(path).removesuffix(".py").replace("/", ".") for path in have_options}
+    assert names - {"run", "tools.behaviours"} == set(PROGRAMS)  # those two add to the parsers of others
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -79,14 +81,15 @@ def test_a_number_that_makes_no_sense_is_refused_by_name(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_zero_is_refused_or_its_meaning_is_told(program):
+def test_zero_is_refused_or_its_meaning_is_told(program, capsys):
     for action in numbers_of(program):
         try:
             parse(program, action.option_strings[0], "0")
         except SystemExit as stopped:
-            assert action.option_strings[0] in str(stopped.code)
+            assert action.option_strings[0] in f"{stopped.code}{capsys.readouterr().err}"
         else:
-            assert re.search(r"\b0\b", action.help) or action.dest in PLAIN_ZERO | REFUSED_BY_MAIN, action.help
+            is_told = re.search(r"\b0\b", action.help or "") or action.dest in PLAIN_ZERO | REFUSED_LATER
+            assert is_told, f"{program} {action.option_strings[0]}: {action.help}"
 
 
 @pytest.mark.slow

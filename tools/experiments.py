@@ -18,6 +18,10 @@ from hashlib import sha256
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools import number  # noqa: E402
+
 RUNS = "runs/experiments"
 TASKS = ("countdown", "sudoku")
 LAST = 5  # a training's result is the mean over its last steps
@@ -241,8 +245,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="only these; no file is written")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores")
+    parser.add_argument("--seeds", nargs="+", type=number(), default=[0, 1, 2])
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="runs side by side, which share the cores")
     parser.add_argument("--rows", nargs="+", help="only these; no file is written")
     parser.add_argument("--collect", action="store_true", help="run nothing; read what has run")
     return parser.parse_args(argv)

@@ -9,7 +9,9 @@ FLOPs are those of all forward passes, matrix products and attention, counted by
 depend on the machine.
 """
 import argparse
+import contextlib
 import functools
+import io
 import itertools
 import json
 import shlex
@@ -28,6 +30,7 @@ from data.tokenizer import Tokenizer  # noqa: E402
 from model import TINY, LLaDA  # noqa: E402
 from parallel import Processes  # noqa: E402
 from sample import encode_prompts, evaluate  # noqa: E402
+from tools import number  # noqa: E402
 from tools.measure import count_flops, print_table  # noqa: E402
 from variants import fast_dllm  # noqa: E402
 
@@ -40,11 +43,12 @@ def measure(model, tokenizer, task, examples, procs, sampler, **sampling):
         evaluate, model, tokenizer, TASKS[task], procs=procs, seed=0, rollout_batch=128, gen_length=LENGTH,
         diffusion_steps=LENGTH, generate=functools.partial(fast_dllm.generate, **sampler),
         **sampling)
-    start = time.monotonic()
-    means, _ = evaluate_on(examples=examples)
-    seconds = time.monotonic() - start
-    with sdpa_kernel(SDPBackend.MATH):  # torch does not count the other kernels of a CPU
-        flops = count_flops(lambda: evaluate_on(examples=examples[:COUNTED]))
+    with contextlib.redirect_stdout(io.StringIO()):  # `evaluate` prints samples
+        start = time.monotonic()
+        means, _ = evaluate_on(examples=examples)
+        seconds = time.monotonic() - start
+        with sdpa_kernel(SDPBackend.MATH):  # torch does not count the other kernels of a CPU
+            flops = count_flops(lambda: evaluate_on(examples=examples[:COUNTED]))
     return {"accuracy": means["accuracy"], "rounds": means["rounds"],
             "GFLOP": flops / len(examples[:COUNTED]) / 1e9, "tokens_per_second": LENGTH * len(examples) / seconds}
 
@@ -75,14 +79,15 @@ def measure_all(model, tokenizer, task, temperature, args, procs):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", default=["countdown", "sudoku"])
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.9])
-    parser.add_argument("--block_length", type=int, nargs="+", default=[8])
-    parser.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.7, 0.5])
-    parser.add_argument("--entropy_bound", type=float, nargs="+", default=[0.1, 0.5, 1.0])
+    parser.add_argument("--temperature", type=number(float), nargs="+", default=[0.0, 0.9], help="0 is greedy")
+    parser.add_argument("--block_length", type=number(int, 1), nargs="+", default=[8])
+    parser.add_argument("--threshold", type=number(float, 0.1), nargs="+", default=[0.9, 0.7, 0.5])
+    parser.add_argument("--entropy_bound", type=number(float), nargs="+", default=[0.1, 0.5, 1.0],
+                        help="0: a token a round")
     parser.add_argument("--cache", nargs="+", choices=("-", "prefix", "dual"), default=["-", "prefix", "dual"])
     parser.add_argument("--random_first", action="store_true", help="measure it with each threshold and bound, too")
     parser.add_argument("--train_split", action="store_true", help="training problems instead of held-out ones")
-    parser.add_argument("--count", type=int, default=512, help="problems")
+    parser.add_argument("--count", type=number(int, 1), default=512, help="problems")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)

@@ -53,7 +53,8 @@ def parse_args(argv=None):
     parser.add_argument("--smooth", type=number(int, 1), default=1,
                         help="mean over so many steps; evaluations are not smoothed")
     parser.add_argument("--out", default="plot.png", help=".png, .svg or .pdf (%(default)s)")
-    parser.add_argument("--every", type=number(float, 1), metavar="SECONDS", help="draw again until all runs have ended")
+    parser.add_argument("--every", type=number(float, 1), metavar="SECONDS",
+                        help="draw again until all runs have ended")
     parser.add_argument("--docs", action="store_true", help="draw docs/figures from docs/results")
     return parser.parse_args(argv)
 

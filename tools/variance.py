@@ -143,7 +143,7 @@ def rows_of(task, p, seeds):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=["countdown", "sudoku"])
-    parser.add_argument("--p_mask_prompt", type=number(float), nargs="+", default=[0.15, 0.3])
+    parser.add_argument("--p_mask_prompt", type=number(float), nargs="+", default=[0.15, 0.3], help="0: none")
     parser.add_argument("--prompts", type=number(int, 1), default=16)
     parser.add_argument("--draws", type=number(int, 1), default=12, help="of masks per prompt: 12, 18, 24 ...")
     parser.add_argument("--seeds", type=number(int, 1), default=3, help="each with its own problems and masks")

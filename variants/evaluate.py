@@ -20,7 +20,8 @@ def add_sampler_options(parser):
     """Add the options that `pick_generate` reads."""
     group = parser.add_argument_group("samplers of fewer rounds, which are approximate")
     group.add_argument("--threshold", type=float, help="commit all tokens of a higher probability; its paper: 0.9")
-    group.add_argument("--entropy_bound", type=float, help="commit what stays within, in nats, 0: one token; EB-Sampler")
+    group.add_argument("--entropy_bound", type=float,
+                       help="commit what stays within, in nats, 0: a token a round; EB-Sampler")
     group.add_argument("--cache", choices=("prefix", "dual"), help="keep keys and values before, or around the block")
     group = parser.add_argument_group("LLaDA's sampler")
     group.add_argument("--cfg_scale", type=float, default=0.0, help="of classifier-free guidance, 0: none")
