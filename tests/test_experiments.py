@@ -8,7 +8,8 @@ import torch
 import train_grpo
 import train_sft
 
-from tools import experiments, scaling, variance
+from model import TINY
+from tools import behaviours, experiments, methods, scaling, variance
 from variants import grpo, just_grpo
 
 PARSERS = {"train_grpo.py": train_grpo, "variants/grpo.py": grpo, "variants/just_grpo.py": just_grpo,
@@ -81,6 +82,39 @@ def test_evaluations_of_a_row_are_collected_by_length(tmp_path, monkeypatch):
         (tmp_path / out / "summary.json").write_text(json.dumps({"gen_length": length, "accuracy": length / 100}))
     [row] = experiments.collect({"base": commands}, ["countdown"], [0])
     assert row["mean"] == {"length 24": 0.24, "length 32": 0.32, "length 48": 0.48} and row["spread"] == {}
+
+
+def test_methods_are_compared_at_what_the_first_method_uses():
+    """The others have 10, 5 and 20 of their 20 steps within its row passes; a mean is over the last 5 steps."""
+    curve = [step / 100 for step in range(1, 21)]
+    costs = {"diffu-GRPO": (100, 2.0), "dear": (200, 8.0), "cheap": (50, 2.0)}
+    collected = [{"row": row, "task": "sudoku", "values": {"curve": [curve, curve], "held-out": [0.5, 0.7]}}
+                 for row in costs]
+    counted = [{"row": row, "row_passes": rows, "seconds": seconds} for row, (rows, seconds) in costs.items()]
+    first, dear, cheap = (row["columns"] for row in methods.compare(collected, counted))
+    assert first["equal row passes"] == first["20 rollouts"] == pytest.approx([0.18, 0.18])
+    assert dear["equal row passes"] == pytest.approx([0.08, 0.08])  # steps 6 to 10
+    assert dear["equal minutes"] == pytest.approx([0.03, 0.03]) and cheap["equal row passes"] == first["20 rollouts"]
+    assert methods.cell(cheap["held-out"]) == "60.0 ± 14.1" and methods.cell(None) == ""
+
+
+@pytest.mark.slow
+def test_row_passes_are_the_rows_that_a_step_scores():
+    """G rows in the place of one, by the old policy, the reference and the new policy, which is differentiated."""
+    command = ("variants/grpo.py --task countdown --prompts_per_step 2 --group_size 3 --num_iterations 2 "
+               "--gen_length 8 --diffusion_steps 1 --block_length 8")
+    shared, own = (methods.count_step(f"{command} --estimator {name}", str(TINY))["row_passes"]
+                   for name in ("one_step", "mask_per_completion"))
+    assert shared == 2 * 3 + 2 * 2 * 5 and own == 2 * 3 + 2 * 2 * 3 * 5
+
+
+def test_habits_are_told_by_their_first_words():
+    texts = ["<reasoning>\nA quick guess\n", "Perhaps 3", "<reasoning>\nRow by row", "<reasoning>\n3 + 4", "Well"]
+    assert [behaviours.behaviour(text) for text in texts] == ["guess", "untagged", "worked", "worked", "other"]
+    rows = [{"completion": text, "reward": reward, "accuracy": 0.0} for text, reward in zip(texts[:4], (1, 0, 1, 4))]
+    counts = behaviours.count_behaviours(rows, group_size=2)
+    assert counts["worked_fraction"] == 0.5 and counts["worked_reward"] == 2.5 and counts["worked_advantage"] == 0
+    assert counts["guess_advantage"] == 0.5 == -counts["untagged_advantage"]
 
 
 # ---------------------------------------------------------------- measuring

@@ -26,6 +26,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook  # noqa: E4
 
 from model import LLaDA  # noqa: E402
 from tools import experiments  # noqa: E402
+from tools.plot import save_small  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 TASK = experiments.TASKS[0]
@@ -176,7 +177,7 @@ def main(args):
         return (RESULTS / "methods_cost.json").write_text(json.dumps(written, indent=1) + "\n")
     compared = compare(read_rows(), json.loads((RESULTS / "methods_cost.json").read_text())["rows"])
     show(compared)
-    return draw(compared)
+    save_small(draw(compared), ROOT / "docs" / "figures" / "methods.png")
 
 
 if __name__ == "__main__":
