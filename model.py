@@ -237,9 +237,8 @@ def load_tensors(parameters, folder, files="model*.safetensors"):
     stored = {}  # {name: the open file that holds it}
     for path in sorted(Path(folder).glob(files)):
         tensors = open_tensors(path)
-        twice = sorted(stored.keys() & tensors.keys())
-        if twice:  # shards of two models
-            raise SystemExit(f"error: {path}: {twice[0]} is in another file, too")
+        if stored.keys() & tensors.keys():  # shards of two models
+            raise SystemExit(f"error: {path}: some of its tensors are in another file, too")
         stored |= dict.fromkeys(tensors.keys(), tensors)
     if not stored:
         raise SystemExit(f"error: {folder} has no {files}: convert a pickle to safetensors")

@@ -141,8 +141,9 @@ def pick_device(name):
 
 def compile_blocks(model):
     """Compile the blocks, in place. Rows leave and masks shrink: shapes are symbolic."""
+    torch._dynamo.config.recompile_limit = 64  # an argument of torch.compile only after 2.9
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=True, recompile_limit=64)
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def parallelise(model, args, procs):

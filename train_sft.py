@@ -36,7 +36,7 @@ OPTIONS = {  # option: (for LLaDA-8B as the authors have it, for the embedded mo
         "lora_targets": ("q_proj k_proj v_proj", "q_proj k_proj v_proj", "adapted matrices"),
         "eval_every": (100, 250, "updates between losses on held-out rows, 0: only at the end"),
     },
-    "run": RUN_OPTIONS,
+    "run": RUN_OPTIONS | {"save_every": (500, 0, "steps between checkpoints, 0: only the last")},
     "processes": PARALLEL_OPTIONS,
 }
 
