@@ -43,7 +43,7 @@ class Config(SimpleNamespace):
         config = cls(**{"model_type": "", "init_std": 0.02, **raw, "raw": raw})
         for name, value in SUPPORTED.items():
             if (vars(config).get(name, value) or 0) != value:
-                raise SystemExit(f"error: {path}: {name} must be {value!r}, no other is supported")
+                raise SystemExit(f"error: {path}: is this a LLaDA? {name} must be {value!r}")
         for name in (*SIZES, "rope_theta", "rms_norm_eps", "init_std"):
             value, limit = getattr(config, name, None), 1e4 if name == "n_layers" else 1e12
             is_number = type(value) in (int, float) and 0 < value < limit

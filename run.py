@@ -49,7 +49,7 @@ def make_parser(argv, description, groups):
     config = is_local and read_json(find_checkpoint(glance.model) / "config.json")
     glance.preset = glance.preset or PRESETS[config == read_json(TINY / "config.json")]
     parser.set_defaults(preset=glance.preset)  # shown by --help, kept in config.json
-    parser.add_argument("--help", action="help", help="show this and exit")
+    parser.add_argument("-h", "--help", action="help", help="show this and exit")
     column = PRESETS.index(glance.preset)
     for title, options in groups.items():
         group = parser.add_argument_group(title)

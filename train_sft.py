@@ -16,7 +16,7 @@ from run import RUN_OPTIONS, Run, make_parser
 MIN_T = 1e-3  # t = (1 - MIN_T) u + MIN_T: LLaDA's floor, which bounds the weight 1 / t
 OPTIONS = {  # option: (for LLaDA-8B as the authors have it, for the embedded model, what it is)
     "rows": {
-        "data": ("", "", 'rows of "prompt" and "completion"; with --task, the file it reads'),
+        "data": ("", "", 'rows of "prompt", "completion" or of "messages"; with --task, its file'),
         "split": ("mixed", "mixed", "which demonstrations: mixed, worked or corrected"),
         "count": (100_000, 100_000, "demonstrations to generate, over all tasks"),
         "gen_length": (0, 32, "pad completions with EOS to this length at least"),

@@ -225,7 +225,7 @@ FAULTS = {  # name: (what happens to a good folder, words of the message)
     "a tensor missing": (set_tensor(lambda t: None), f"{UP} is missing"),
     "layers too many": (set_config(n_layers=1), "blocks.1.attn_norm.weight is .* no such tensor"),
     "a shard missing": (lambda f: (f / SHARD).unlink(), "blocks.0.ff_norm.weight is missing"),
-    "shards of two models": (lambda f: shutil.copy(f / SHARD, f / "model.safetensors"), "is in another file, too"),
+    "shards of two models": (lambda f: shutil.copy(f / SHARD, f / "model.safetensors"), "are in another file, too"),
     "a shard cut": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-100]), f"{SHARD}: .*incomplete"),
     "an LFS pointer": (write(SHARD, "version https://git-lfs"), f"{SHARD}: .*git lfs pull"),
     "a shard outside": (move_shard_out, "blocks.0.ff_norm.weight is missing"),

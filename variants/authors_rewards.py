@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_grpo  # noqa: E402
 from data import TASKS, math500  # noqa: E402
 from data.format import MAX_TEXT  # noqa: E402
+from tools import published  # noqa: E402
 
 TAG_LINES = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
 SOFT = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"  # no line break inside a pair of tags
@@ -41,20 +42,9 @@ def reward_gsm8k(text, example):
 
 
 def read_box(text):
-    r"""The content of the last \boxed{...}; all of the text where there is none, or an open one.
-
-    Another kind of box comes whole: \boxed5{6}, and \fbox{5} where there is no \boxed.
-    """
-    if "\\boxed " in text:
-        return text.split("\\boxed ")[-1].split("$")[0]
-    _, command, content = text.rpartition("\\boxed" if "\\boxed" in text else "\\fbox")
-    depth = 0
-    for i, character in enumerate(content if command else ""):
-        depth += (character == "{") - (character == "}")
-        if character == "}" and depth == 0:
-            is_plain = command == "\\boxed" and content[0] == "{"
-            return content[1:i] if is_plain else command + content[:i + 1]
-    return text
+    """The text of the last box, see `published.read_box`; all of the text where it never closes."""
+    box = published.read_box(text)
+    return text if box is None else box
 
 
 def reward_math500(text, example):
