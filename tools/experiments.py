@@ -70,6 +70,8 @@ EXPERIMENTS = {
         "SPG": [MEASURED + " --objective spg"],
         "StableDRL": [MEASURED + " --objective stabledrl"],
         "JustGRPO": [MEASURED.replace("grpo.py", "just_grpo.py")],
+        "diffu-GRPO, no KL": [MEASURED + " --beta 0"],
+        "ESPO, no KL": [MEASURED + " --objective espo --beta 0"],
     },
     "traces": {  # of the SFT before RL: half of them go back ("corrected"), or none ("worked")
         "diffu-GRPO": [MEASURED],
