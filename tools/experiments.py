@@ -24,6 +24,8 @@ LAST = 5  # a training's result is the mean over its last steps
 GRPO = "--task {task} --seed {seed} --eval_count 0 --prompts_per_step 8"  # half the default
 SHORT = f"variants/grpo.py {GRPO} --threshold 0.9"  # learns as well in half the time, see the samplers
 MEASURED = SHORT.replace("--eval_count 0", "--eval_count 256 --eval_every 0")  # held-out problems, at the end
+HABITS = SHORT.replace("variants/grpo.py", "tools/behaviours.py")
+HABIT_NAMES = ("guess", "worked", "untagged")
 SFT = ("train_sft.py --task countdown sudoku --split corrected --count 500 --steps 80 --batch_size 32 --lr 1e-4 "
        "--warmup 0 --seed {seed}")
 
@@ -78,6 +80,15 @@ EXPERIMENTS = {
         "corrected": [SFT, BEFORE_TOO],
         "worked": [SFT.replace("corrected", "worked"), BEFORE_TOO],
     },
+    "habits": {  # why some methods end on a guess: the KL term, the reward, the tokens behind EOS
+        "one_step": [HABITS],
+        "random_mask": [HABITS + " --estimator random_mask"],
+        "random_mask, no KL": [HABITS + " --estimator random_mask --beta 0"],
+        "random_mask, exact reward": [HABITS + " --estimator random_mask --reward exact"],
+        "random_mask, EOS behind EOS": [HABITS + " --estimator random_mask --fill_behind_eos"],
+        "ESPO": [HABITS + " --objective espo"],
+        "ESPO, no KL": [HABITS + " --objective espo --beta 0"],
+    },
     "samplers": {
         "exact": [f"train_grpo.py {GRPO}"],
         "threshold": [MEASURED],
@@ -98,6 +109,7 @@ EXPERIMENTS = {
     },
 }
 
+ON_ONE_TASK = {"ablations": ("countdown",), "samplers": ("countdown",), "habits": ("sudoku",)}
 DEAR = {"JustGRPO"}  # rows that run on the first task alone
 
 
@@ -181,7 +193,16 @@ def read_training(out):
                         ("accuracy_after", "held-out")):
         if name in after:
             result[title] = after[name]
+    if any("guess_fraction" in row for row in steps):
+        result |= {name: value for habit in HABIT_NAMES for name, value in read_habit(habit, steps).items()}
     return {**result, "seconds": statistics.median(seconds), "curve": [round(row["accuracy"], 4) for row in steps]}
+
+
+def read_habit(habit, steps):
+    """The share that a habit has in the last rollouts, and its mean advantage over all of them."""
+    shares = [row.get(f"{habit}_fraction", 0) for row in steps]
+    total = sum(share * row.get(f"{habit}_advantage", 0) for share, row in zip(shares, steps))
+    return {habit: statistics.mean(shares[-LAST:]), f"{habit} advantage": total / max(sum(shares), 1e-9)}
 
 
 def read_result(plan):
@@ -257,7 +278,7 @@ def main(args):
     if unknown:
         raise SystemExit(f"error: --rows {' '.join(unknown)}: choose from {', '.join(all_rows)}")
     rows = {row: all_rows[row] for row in args.rows or all_rows}
-    tasks = args.tasks or (("countdown",) if args.experiment in ("ablations", "samplers") else TASKS)
+    tasks = args.tasks or ON_ONE_TASK.get(args.experiment, TASKS)
     plans = [resolve(commands, task, seed) for row, commands in rows.items() for task in tasks_of(row, tasks)
              for seed in args.seeds]
     if not args.collect:
