@@ -73,6 +73,7 @@ EXPERIMENTS = {
         "StableDRL": [MEASURED + " --objective stabledrl"],
         "JustGRPO": [MEASURED.replace("grpo.py", "just_grpo.py")],
         "diffu-GRPO, no KL": [MEASURED + " --beta 0"],
+        "coupled-GRPO, no KL": [MEASURED + " --estimator coupled --beta 0"],
         "ESPO, no KL": [MEASURED + " --objective espo --beta 0"],
     },
     "traces": {  # of the SFT before RL: half of them go back ("corrected"), or none ("worked")
@@ -86,6 +87,7 @@ EXPERIMENTS = {
         "random_mask, no KL": [HABITS + " --estimator random_mask --beta 0"],
         "random_mask, exact reward": [HABITS + " --estimator random_mask --reward exact"],
         "random_mask, EOS behind EOS": [HABITS + " --estimator random_mask --fill_behind_eos"],
+        "GSPO": [HABITS + " --objective sequence"],
         "ESPO": [HABITS + " --objective espo"],
         "ESPO, no KL": [HABITS + " --objective espo --beta 0"],
     },

@@ -148,26 +148,24 @@ def draw(compared):
     figure = Figure(figsize=(10.8, 0.9 + 0.34 * len(compared) / len(tasks)), layout="constrained")
     for task, panel in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
         rows = sorted((row for row in compared if row["task"] == task), key=lambda row: mean(row["columns"][FULL]))
-        draw_rows(panel, rows)
+        draw_rows(panel, rows, named=max(compared, key=distance))
         panel.set_title(f"{task.capitalize()}: problems solved", loc="left", fontsize=11)
     return figure
 
 
-def draw_rows(panel, rows):
-    """Draw the rows from below. The marks are named where they lie apart."""
+def draw_rows(panel, rows, named):
+    """Draw the rows from below; the marks have names at one of them."""
     from matplotlib.ticker import PercentFormatter
     for height, row in enumerate(rows):
         seeds = row["columns"][FULL]
         panel.plot([min(seeds), max(seeds)], [height, height], color="black", linewidth=1)
         panel.plot(seeds, [height] * len(seeds), "|", color="black", markersize=8)
-        for title, (marker, face, size, _) in MARKS.items():
+        for title, (marker, face, size, name) in MARKS.items():
             if title in row["columns"]:
-                panel.plot(mean(row["columns"][title]), height, marker, color="black", markerfacecolor=face,
-                           markersize=size, zorder=3)
-    height, row = max(enumerate(rows), key=lambda item: distance(item[1]))
-    for title in row["columns"].keys() & MARKS.keys():
-        panel.annotate(MARKS[title][-1], (mean(row["columns"][title]), height), (0, 8), fontsize=7.5, ha="center",
-                       textcoords="offset points")
+                place = (mean(row["columns"][title]), height)
+                panel.plot(*place, marker, color="black", markerfacecolor=face, markersize=size, zorder=3)
+            if row is named:
+                panel.annotate(name, place, (-5, 8), fontsize=7.5, textcoords="offset points")
     panel.set_yticks(range(len(rows)), [row["row"] for row in rows])
     panel.set_ylim(-0.6, len(rows) - 0.2)
     panel.set_xlim(left=0)
