@@ -55,9 +55,12 @@ EXPERIMENTS = {
     },
     "two_by_two": {  # of ESPO's paper: ratio, and what it is read from
         "token, one step": [MEASURED],
-        "token, ELBO": [MEASURED + " --estimator elbo --beta 0"],  # k3 of weighted tokens overflows sooner or later
         "sequence, one step": [MEASURED + " --objective espo --estimator one_step"],
         "sequence, ELBO": [MEASURED + " --objective espo"],
+        "token, one step, no KL": [MEASURED + " --beta 0"],
+        "token, ELBO, no KL": [MEASURED + " --estimator elbo --beta 0"],  # k3 of weighted tokens overflows at last
+        "sequence, one step, no KL": [MEASURED + " --objective espo --estimator one_step --beta 0"],
+        "sequence, ELBO, no KL": [MEASURED + " --objective espo --beta 0"],
     },
     "methods": {  # as published, see PUBLISHED in variants/estimators.py and objectives.py
         "diffu-GRPO": [MEASURED],
