@@ -91,7 +91,6 @@ EXPERIMENTS = {
         "random_mask, exact reward": [HABITS + " --estimator random_mask --reward exact"],
         "random_mask, EOS behind EOS": [HABITS + " --estimator random_mask --fill_behind_eos"],
         "GSPO": [HABITS + " --objective sequence"],
-        "ESPO": [HABITS + " --objective espo"],
         "ESPO, no KL": [HABITS + " --objective espo --beta 0"],
     },
     "samplers": {
@@ -184,9 +183,9 @@ def read_evaluation(out):
 
 
 def read_training(out):
-    """Reward and accuracy of a training's last rollouts, its median seconds a step, and its curve of accuracy.
+    """Reward and accuracy of a training's last rollouts, its median seconds a step, its curve of accuracy.
 
-    And the accuracy on held-out problems after it (and before), greedy and at the rollouts' temperature, if measured.
+    And what was measured on held-out problems before and after it, and of habits.
     """
     lines = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in lines if "loss" in row]  # the other lines are evaluations, the first of them before step 1
@@ -194,10 +193,8 @@ def read_training(out):
     result = {name: statistics.mean(row[name] for row in steps[-LAST:]) for name in ("reward", "accuracy")}
     summary = ROOT / out / "summary.json"
     after = json.loads(summary.read_text()) if summary.exists() else {}
-    for name, title in (("greedy_before", "held-out greedy before"), ("greedy_after", "held-out greedy"),
-                        ("accuracy_after", "held-out")):
-        if name in after:
-            result[title] = after[name]
+    titles = {"greedy_before": "held-out greedy before", "greedy_after": "held-out greedy", "accuracy_after": "held-out"}
+    result |= {titles[name]: value for name, value in after.items() if name in titles}
     if any("guess_fraction" in row for row in steps):
         result |= {name: value for habit in HABIT_NAMES for name, value in read_habit(habit, steps).items()}
     return {**result, "seconds": statistics.median(seconds), "curve": [round(row["accuracy"], 4) for row in steps]}
