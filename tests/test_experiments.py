@@ -13,7 +13,7 @@ from tools import behaviours, experiments, methods, scaling, variance
 from variants import grpo, just_grpo
 
 PARSERS = {"train_grpo.py": train_grpo, "variants/grpo.py": grpo, "variants/just_grpo.py": just_grpo,
-           "train_sft.py": train_sft, "sample.py": sample}
+           "tools/behaviours.py": behaviours, "train_sft.py": train_sft, "sample.py": sample}
 PLANS = [experiments.resolve(commands, task, seed) for rows in experiments.EXPERIMENTS.values()
          for commands in rows.values() for task in experiments.TASKS for seed in (0, 1)]
 
@@ -115,6 +115,9 @@ def test_habits_are_told_by_their_first_words():
     counts = behaviours.count_behaviours(rows, group_size=2)
     assert counts["worked_fraction"] == 0.5 and counts["worked_reward"] == 2.5 and counts["worked_advantage"] == 0
     assert counts["guess_advantage"] == 0.5 == -counts["untagged_advantage"]
+    late = {"worked_fraction": 1.0, "worked_advantage": -0.5}
+    assert experiments.read_habit("worked", [counts] + 5 * [late]) == {
+        "worked": 1, "worked advantage": pytest.approx(-5 * 0.5 / 5.5)}
 
 
 # ---------------------------------------------------------------- measuring

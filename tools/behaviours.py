@@ -9,7 +9,6 @@ advantage and accuracy. --reward exact pays for a solved problem alone. --fill_b
 behind the first EOS, in place of what was sampled there.
 """
 import argparse
-import functools
 import sys
 import types
 from collections import defaultdict
@@ -54,9 +53,9 @@ def filled(draw, eos_id):
     return fill_and_draw
 
 
-def train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, *, is_filled, draw, **methods):
+def train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, *, draw, **methods):
     """train_grpo.train_step, and what the habits did. For one process."""
-    if is_filled:
+    if args.fill_behind_eos:
         draw = filled(draw, tokenizer.eos_id)
     log, rows = train_grpo.train_step(step, model, reference, optimizer, tokenizer, examples, args, procs, draw=draw,
                                       **methods)
@@ -72,19 +71,21 @@ def pay_for_solutions(task):
 
 
 def parse_args(argv=None):
-    """What the rollouts are paid and how they are filled, and the options of variants/grpo.py."""
+    """The options of variants/grpo.py, and what the rollouts are paid for and hold behind EOS."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--reward", choices=("own", "exact"), default="own")
     own.add_argument("--fill_behind_eos", action="store_true")
     chosen, others = own.parse_known_args(argv)
-    return chosen, grpo.parse_args(others)
+    args = grpo.parse_args(others)
+    args.reward, args.fill_behind_eos = chosen.reward, chosen.fill_behind_eos
+    return args
 
 
-def main(chosen, args):
-    if chosen.reward == "exact":
+def main(args):
+    if args.reward == "exact":
         TASKS[args.task] = pay_for_solutions(TASKS[args.task])
-    return grpo.main(args, step=functools.partial(train_step, is_filled=chosen.fill_behind_eos))
+    return grpo.main(args, step=train_step)
 
 
 if __name__ == "__main__":
-    main(*parse_args())
+    main(parse_args())

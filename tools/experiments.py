@@ -28,6 +28,8 @@ LAST = 5  # a training's result is the mean over its last steps
 GRPO = "--task {task} --seed {seed} --eval_count 0 --prompts_per_step 8"  # half the default
 SHORT = f"variants/grpo.py {GRPO} --threshold 0.9"  # learns as well in half the time, see the samplers
 MEASURED = SHORT.replace("--eval_count 0", "--eval_count 256 --eval_every 0")  # held-out problems, at the end
+HABITS = SHORT.replace("variants/grpo.py", "tools/behaviours.py")
+HABIT_NAMES = ("guess", "worked", "untagged")
 SFT = ("train_sft.py --task countdown sudoku --split corrected --count 500 --steps 80 --batch_size 32 --lr 1e-4 "
        "--warmup 0 --seed {seed}")
 
@@ -57,9 +59,12 @@ EXPERIMENTS = {
     },
     "two_by_two": {  # of ESPO's paper: ratio, and what it is read from
         "token, one step": [MEASURED],
-        "token, ELBO": [MEASURED + " --estimator elbo --beta 0"],  # k3 of weighted tokens overflows sooner or later
         "sequence, one step": [MEASURED + " --objective espo --estimator one_step"],
         "sequence, ELBO": [MEASURED + " --objective espo"],
+        "token, one step, no KL": [MEASURED + " --beta 0"],
+        "token, ELBO, no KL": [MEASURED + " --estimator elbo --beta 0"],  # k3 of weighted tokens overflows at last
+        "sequence, one step, no KL": [MEASURED + " --objective espo --estimator one_step --beta 0"],
+        "sequence, ELBO, no KL": [MEASURED + " --objective espo --beta 0"],
     },
     "methods": {  # as published, see PUBLISHED in variants/estimators.py and objectives.py
         "diffu-GRPO": [MEASURED],
@@ -74,11 +79,23 @@ EXPERIMENTS = {
         "SPG": [MEASURED + " --objective spg"],
         "StableDRL": [MEASURED + " --objective stabledrl"],
         "JustGRPO": [MEASURED.replace("grpo.py", "just_grpo.py")],
+        "diffu-GRPO, no KL": [MEASURED + " --beta 0"],
+        "coupled-GRPO, no KL": [MEASURED + " --estimator coupled --beta 0"],
+        "ESPO, no KL": [MEASURED + " --objective espo --beta 0"],
     },
     "traces": {  # of the SFT before RL: half of them go back ("corrected"), or none ("worked")
         "diffu-GRPO": [MEASURED],
         "corrected": [SFT, BEFORE_TOO],
         "worked": [SFT.replace("corrected", "worked"), BEFORE_TOO],
+    },
+    "habits": {  # why some methods end on a guess: the KL term, the reward, the tokens behind EOS
+        "one_step": [HABITS],
+        "random_mask": [HABITS + " --estimator random_mask"],
+        "random_mask, no KL": [HABITS + " --estimator random_mask --beta 0"],
+        "random_mask, exact reward": [HABITS + " --estimator random_mask --reward exact"],
+        "random_mask, EOS behind EOS": [HABITS + " --estimator random_mask --fill_behind_eos"],
+        "GSPO": [HABITS + " --objective sequence"],
+        "ESPO, no KL": [HABITS + " --objective espo --beta 0"],
     },
     "samplers": {
         "exact": [f"train_grpo.py {GRPO}"],
@@ -100,6 +117,7 @@ EXPERIMENTS = {
     },
 }
 
+ON_ONE_TASK = {"ablations": ("countdown",), "samplers": ("countdown",), "habits": ("sudoku",)}
 DEAR = {"JustGRPO"}  # rows that run on the first task alone
 
 
@@ -169,9 +187,9 @@ def read_evaluation(out):
 
 
 def read_training(out):
-    """Reward and accuracy of a training's last rollouts, its median seconds a step, and its curve of accuracy.
+    """Reward and accuracy of a training's last rollouts, its median seconds a step, its curve of accuracy.
 
-    And the accuracy on held-out problems after it (and before), greedy and at the rollouts' temperature, if measured.
+    And what was measured on held-out problems before and after it, and of habits.
     """
     lines = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in lines if "loss" in row]  # the other lines are evaluations, the first of them before step 1
@@ -179,11 +197,18 @@ def read_training(out):
     result = {name: statistics.mean(row[name] for row in steps[-LAST:]) for name in ("reward", "accuracy")}
     summary = ROOT / out / "summary.json"
     after = json.loads(summary.read_text()) if summary.exists() else {}
-    for name, title in (("greedy_before", "held-out greedy before"), ("greedy_after", "held-out greedy"),
-                        ("accuracy_after", "held-out")):
-        if name in after:
-            result[title] = after[name]
+    titles = {"greedy_before": "held-out greedy before", "greedy_after": "held-out greedy", "accuracy_after": "held-out"}
+    result |= {titles[name]: value for name, value in after.items() if name in titles}
+    if any("guess_fraction" in row for row in steps):
+        result |= {name: value for habit in HABIT_NAMES for name, value in read_habit(habit, steps).items()}
     return {**result, "seconds": statistics.median(seconds), "curve": [round(row["accuracy"], 4) for row in steps]}
+
+
+def read_habit(habit, steps):
+    """The share that a habit has in the last rollouts, and its mean advantage over all of them."""
+    shares = [row.get(f"{habit}_fraction", 0) for row in steps]
+    total = sum(share * row.get(f"{habit}_advantage", 0) for share, row in zip(shares, steps))
+    return {habit: statistics.mean(shares[-LAST:]), f"{habit} advantage": total / max(sum(shares), 1e-9)}
 
 
 def read_result(plan):
@@ -259,7 +284,7 @@ def main(args):
     if unknown:
         raise SystemExit(f"error: --rows {' '.join(unknown)}: choose from {', '.join(all_rows)}")
     rows = {row: all_rows[row] for row in args.rows or all_rows}
-    tasks = args.tasks or (("countdown",) if args.experiment in ("ablations", "samplers") else TASKS)
+    tasks = args.tasks or ON_ONE_TASK.get(args.experiment, TASKS)
     plans = [resolve(commands, task, seed) for row, commands in rows.items() for task in tasks_of(row, tasks)
              for seed in args.seeds]
     if not args.collect:

@@ -32,6 +32,7 @@ RESULTS = ROOT / "docs" / "results"
 TASK = experiments.TASKS[0]
 FIRST = "diffu-GRPO"  # the method whose row passes and minutes are a budget for all
 LAST = experiments.LAST
+FULL = "20 rollouts"
 # rows of an earlier experiment, of the same runs without held-out problems, for the methods that "methods" lacks
 EARLIER = {"wd1": "wd1", "sequence": "GSPO", "random_mask": "UniGRPO", "coupled": "coupled-GRPO",
            "trajectory": "StepMerge"}
@@ -101,7 +102,7 @@ def compare(collected, counted):
     for row in collected:
         cost, first = costs[row["row"]], costs[FIRST]
         curves = row["values"]["curve"]
-        columns = {"20 rollouts": [accuracy_after(curve, len(curve)) for curve in curves]}
+        columns = {FULL: [accuracy_after(curve, len(curve)) for curve in curves]}
         for title, unit in (("equal row passes", "row_passes"), ("equal minutes", "seconds")):
             share = first[unit] / cost[unit]  # of the steps that are within the budget
             columns[title] = [accuracy_after(curve, share * len(curve)) for curve in curves]
@@ -121,11 +122,11 @@ def cell(values):
 
 def show(compared):
     """Print a Markdown table for each task, the best after all rollouts first."""
-    titles = ("20 rollouts", "equal row passes", "equal minutes", "held-out", "held-out greedy")
+    titles = (FULL, "equal row passes", "equal minutes", "held-out", "held-out greedy")
     for task in dict.fromkeys(row["task"] for row in compared):
         print(f"| {task} | seeds | {' | '.join(titles)} | row passes a step | seconds |\n" + "|---" * 9 + "|")
         of_task = [row for row in compared if row["task"] == task]
-        for row in sorted(of_task, key=lambda row: -mean(row["columns"]["20 rollouts"])):
+        for row in sorted(of_task, key=lambda row: -mean(row["columns"][FULL])):
             cells = [cell(row["columns"].get(title)) for title in titles]
             print(f"| {row['row']} | {row['seeds']} | {' | '.join(cells)} | {row['row_passes']:,} | {row['seconds']:.1f} |")
         print()
@@ -133,34 +134,52 @@ def show(compared):
 
 # ---------------------------------------------------------------- the picture
 
-MARKS = {"20 rollouts": ("o", "black"), "equal row passes": ("s", "white"), "held-out greedy": ("D", "#9a9a9a")}
+MARKS = {  # column: marker, its face, its size, its name in the picture
+    FULL: ("o", "black", 6, "rollouts"),
+    "equal row passes": ("s", "none", 10, "at equal row passes"),
+    "held-out greedy": ("D", "#b0b0b0", 7, "held-out, greedy"),
+}
 
 
 def draw(compared):
-    """A panel for each task: a line for each method, its accuracies as marks, those of the seeds as small dots."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    """A panel for each task, a line for each method: its accuracies, and those of the seeds' rollouts as ticks."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
     tasks = list(dict.fromkeys(row["task"] for row in compared))
-    figure = Figure(figsize=(10.8, 4.6), layout="constrained")
+    figure = Figure(figsize=(10.8, 0.9 + 0.34 * len(compared) / len(tasks)), layout="constrained")
     for task, panel in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
-        of_task = sorted((row for row in compared if row["task"] == task),
-                         key=lambda row: mean(row["columns"]["20 rollouts"]))
-        for height, row in enumerate(of_task):
-            for title, (marker, face) in MARKS.items():
-                values = row["columns"].get(title)
-                if values:
-                    panel.plot(mean(values), height, marker, color="black", markerfacecolor=face, markersize=7,
-                               label=title if height == len(of_task) - 1 else "_", zorder=3)
-            seeds = row["columns"]["20 rollouts"]
-            panel.plot([min(seeds), max(seeds)], [height, height], color="black", linewidth=1)
-            panel.plot(seeds, [height] * len(seeds), "|", color="black", markersize=8)
-        panel.set_yticks(range(len(of_task)), [row["row"] for row in of_task])
-        panel.set_title(task, loc="left")
-        panel.set_xlim(left=0)
-        panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        panel.grid(axis="x", alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
+        rows = sorted((row for row in compared if row["task"] == task), key=lambda row: mean(row["columns"][FULL]))
+        draw_rows(panel, rows, named=max(compared, key=distance))
+        panel.set_title(f"{task.capitalize()}: problems solved", loc="left", fontsize=11)
     return figure
+
+
+def draw_rows(panel, rows, named):
+    """Draw the rows from below; the marks have names at one of them."""
+    from matplotlib.ticker import PercentFormatter
+    for height, row in enumerate(rows):
+        seeds = row["columns"][FULL]
+        panel.plot([min(seeds), max(seeds)], [height, height], color="black", linewidth=1)
+        panel.plot(seeds, [height] * len(seeds), "|", color="black", markersize=8)
+        for title, (marker, face, size, name) in MARKS.items():
+            if title in row["columns"]:
+                place = (mean(row["columns"][title]), height)
+                panel.plot(*place, marker, color="black", markerfacecolor=face, markersize=size, zorder=3)
+            if row is named:
+                panel.annotate(name, place, (-5, 8), fontsize=7.5, textcoords="offset points")
+    panel.set_yticks(range(len(rows)), [row["row"] for row in rows])
+    panel.set_ylim(-0.6, len(rows) - 0.2)
+    panel.set_xlim(left=0)
+    panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    panel.grid(axis="x", alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def distance(row):
+    """The least distance of two marks of a row, -1 where one is missing."""
+    if not MARKS.keys() <= row["columns"].keys():
+        return -1
+    places = sorted(mean(row["columns"][title]) for title in MARKS)
+    return min(right - left for left, right in zip(places, places[1:]))
 
 
 def parse_args(argv=None):
