@@ -33,7 +33,7 @@ TASK = experiments.TASKS[0]
 FIRST = "diffu-GRPO"  # the method whose row passes and minutes are a budget for all
 LAST = experiments.LAST
 FULL = "20 rollouts"
-# rows of an earlier experiment, of the same runs without held-out problems, for the methods that "methods" lacks
+# rows of an earlier experiment: the same runs, without held-out problems
 EARLIER = {"wd1": "wd1", "sequence": "GSPO", "random_mask": "UniGRPO", "coupled": "coupled-GRPO",
            "trajectory": "StepMerge"}
 
@@ -82,14 +82,14 @@ def accuracy_after(curve, steps):
 
 
 def read_rows():
-    """The rows of docs/results/methods.json; where a method is not there, those of estimators.json."""
-    rows = json.loads((RESULTS / "methods.json").read_text())["rows"]
-    names = {(row["row"], row["task"]) for row in rows}
+    """The rows of docs/results/methods.json; where those of estimators.json have more seeds, their curves."""
+    rows = {(row["row"], row["task"]): row for row in json.loads((RESULTS / "methods.json").read_text())["rows"]}
     for row in json.loads((RESULTS / "estimators.json").read_text())["rows"]:
-        name = EARLIER.get(row["row"])
-        if name and (name, row["task"]) not in names:
-            rows.append({**row, "row": name})
-    return rows
+        name = EARLIER.get(row["row"]), row["task"]
+        held_out = rows[name]["values"] if name in rows else {}
+        if name[0] and len(held_out.get("curve", ())) < len(row["values"]["curve"]):
+            rows[name] = {**row, "row": name[0], "values": {**held_out, "curve": row["values"]["curve"]}}
+    return list(rows.values())
 
 
 def compare(collected, counted):
