@@ -71,7 +71,7 @@ EXPERIMENTS = {
         "coupled-GRPO": [MEASURED + " --estimator coupled"],
         "StepMerge": [MEASURED + " --estimator trajectory"],
         "AGRPO": [MEASURED + " --estimator sampled_rounds --masks_per_prompt 4"],  # 24 of 128 rounds; here of some 20
-        "ELBO": [MEASURED + " --estimator elbo --beta 0"],  # with d1's token ratio
+        "ELBO, no KL": [MEASURED + " --estimator elbo --beta 0"],  # with d1's token ratio
         "ESPO": [MEASURED + " --objective espo"],
         "SPG": [MEASURED + " --objective spg"],
         "StableDRL": [MEASURED + " --objective stabledrl"],
