@@ -29,7 +29,7 @@ def is_option(name):
 
 
 def test_there_are_pages_and_commands():
-    assert len(PAGES) == 8 and len(COMMANDS) > 25
+    assert len(PAGES) == 9 and len(COMMANDS) > 25
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

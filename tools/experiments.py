@@ -29,6 +29,7 @@ GRPO = "--task {task} --seed {seed} --eval_count 0 --prompts_per_step 8"  # half
 SHORT = f"variants/grpo.py {GRPO} --threshold 0.9"  # learns as well in half the time, see the samplers
 MEASURED = SHORT.replace("--eval_count 0", "--eval_count 256 --eval_every 0")  # held-out problems, at the end
 HABITS = SHORT.replace("variants/grpo.py", "tools/behaviours.py")
+HELD_OUT = {"greedy_before": "greedy before", "greedy_after": "held-out greedy", "accuracy_after": "held-out"}
 HABIT_NAMES = ("guess", "worked", "untagged")
 SFT = ("train_sft.py --task countdown sudoku --split corrected --count 500 --steps 80 --batch_size 32 --lr 1e-4 "
        "--warmup 0 --seed {seed}")
@@ -74,7 +75,7 @@ EXPERIMENTS = {
         "coupled-GRPO": [MEASURED + " --estimator coupled"],
         "StepMerge": [MEASURED + " --estimator trajectory"],
         "AGRPO": [MEASURED + " --estimator sampled_rounds --masks_per_prompt 4"],  # 24 of 128 rounds; here of some 20
-        "ELBO": [MEASURED + " --estimator elbo --beta 0"],  # with d1's token ratio
+        "ELBO, no KL": [MEASURED + " --estimator elbo --beta 0"],  # with d1's token ratio
         "ESPO": [MEASURED + " --objective espo"],
         "SPG": [MEASURED + " --objective spg"],
         "StableDRL": [MEASURED + " --objective stabledrl"],
@@ -197,8 +198,7 @@ def read_training(out):
     result = {name: statistics.mean(row[name] for row in steps[-LAST:]) for name in ("reward", "accuracy")}
     summary = ROOT / out / "summary.json"
     after = json.loads(summary.read_text()) if summary.exists() else {}
-    titles = {"greedy_before": "held-out greedy before", "greedy_after": "held-out greedy", "accuracy_after": "held-out"}
-    result |= {titles[name]: value for name, value in after.items() if name in titles}
+    result |= {HELD_OUT[name]: value for name, value in after.items() if name in HELD_OUT}
     if any("guess_fraction" in row for row in steps):
         result |= {name: value for habit in HABIT_NAMES for name, value in read_habit(habit, steps).items()}
     return {**result, "seconds": statistics.median(seconds), "curve": [round(row["accuracy"], 4) for row in steps]}
@@ -251,7 +251,8 @@ def collect(rows, tasks, seeds):
                 add_equal_time(values, first_seconds.setdefault(task, values["seconds"][0]))
             numbers = {name: column for name, column in values.items() if name != "curve"}
             collected.append({
-                "row": label, "task": task, "seeds": ran, "commands": resolve(commands, task, "SEED"), "values": values,
+                "row": label, "task": task, "seeds": ran, "values": values,
+                "commands": resolve(commands, task, "SEED"),
                 "mean": {name: statistics.mean(column) for name, column in numbers.items()},
                 "spread": {name: statistics.stdev(column) for name, column in numbers.items() if len(column) > 1}})
     return collected

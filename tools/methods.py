@@ -33,7 +33,7 @@ TASK = experiments.TASKS[0]
 FIRST = "diffu-GRPO"  # the method whose row passes and minutes are a budget for all
 LAST = experiments.LAST
 FULL = "20 rollouts"
-# rows of an earlier experiment, of the same runs without held-out problems, for the methods that "methods" lacks
+# rows of an earlier experiment: the same runs, without held-out problems
 EARLIER = {"wd1": "wd1", "sequence": "GSPO", "random_mask": "UniGRPO", "coupled": "coupled-GRPO",
            "trajectory": "StepMerge"}
 
@@ -41,7 +41,7 @@ EARLIER = {"wd1": "wd1", "sequence": "GSPO", "random_mask": "UniGRPO", "coupled"
 # ---------------------------------------------------------------- costs
 
 def count_step(command, model):
-    """{"row_passes", "seconds"} of the first step of a command, from a model; seconds begin at its first forward pass."""
+    """{"row_passes", "seconds"} of a command's first step, from a model. Seconds begin at its first forward pass."""
     script, *words = shlex.split(command)
     program = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     rows, starts = [], []
@@ -82,14 +82,14 @@ def accuracy_after(curve, steps):
 
 
 def read_rows():
-    """The rows of docs/results/methods.json; where a method is not there, those of estimators.json."""
-    rows = json.loads((RESULTS / "methods.json").read_text())["rows"]
-    names = {(row["row"], row["task"]) for row in rows}
+    """The rows of docs/results/methods.json; where those of estimators.json have more seeds, their curves."""
+    rows = {(row["row"], row["task"]): row for row in json.loads((RESULTS / "methods.json").read_text())["rows"]}
     for row in json.loads((RESULTS / "estimators.json").read_text())["rows"]:
-        name = EARLIER.get(row["row"])
-        if name and (name, row["task"]) not in names:
-            rows.append({**row, "row": name})
-    return rows
+        name = EARLIER.get(row["row"]), row["task"]
+        held_out = rows[name]["values"] if name in rows else {}
+        if name[0] and len(held_out.get("curve", ())) < len(row["values"]["curve"]):
+            rows[name] = {**row, "row": name[0], "values": {**held_out, "curve": row["values"]["curve"]}}
+    return list(rows.values())
 
 
 def compare(collected, counted):
@@ -128,7 +128,8 @@ def show(compared):
         of_task = [row for row in compared if row["task"] == task]
         for row in sorted(of_task, key=lambda row: -mean(row["columns"][FULL])):
             cells = [cell(row["columns"].get(title)) for title in titles]
-            print(f"| {row['row']} | {row['seeds']} | {' | '.join(cells)} | {row['row_passes']:,} | {row['seconds']:.1f} |")
+            cells += [f"{row['row_passes']:,}", f"{row['seconds']:.1f}"]
+            print(f"| {row['row']} | {row['seeds']} | {' | '.join(cells)} |")
         print()
 
 
@@ -191,8 +192,8 @@ def parse_args(argv=None):
 def main(args):
     if args.count:
         counted = count_all(experiments.EXPERIMENTS["methods"])
-        written = {"command": "python tools/methods.py --count", "device": f"CPU, 1 of {os.cpu_count()} cores, float32",
-                   "rows": counted}
+        device = f"CPU, 1 of {os.cpu_count()} cores, float32"
+        written = {"command": "python tools/methods.py --count", "device": device, "rows": counted}
         return (RESULTS / "methods_cost.json").write_text(json.dumps(written, indent=1) + "\n")
     compared = compare(read_rows(), json.loads((RESULTS / "methods_cost.json").read_text())["rows"])
     show(compared)
