@@ -40,8 +40,7 @@ class LoRALinear(nn.Linear):
 
 def lora_modules(model):
     """{name: module} of the adapted matrices."""
-    modules = dict(model.named_modules())
-    return {name: module for name, module in modules.items() if isinstance(module, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def add_lora(model, r, alpha, targets):

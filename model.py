@@ -180,6 +180,7 @@ class LLaDA(nn.Module):
         folder = find_checkpoint(name)
         with torch.device("meta"):  # no memory until the weights come
             model = cls(Config.from_folder(folder)).to(dtype)
+        load_weights(model, folder)  # compares the shapes, before they take memory
         load_weights(model.to_empty(device=device), folder)
         return model
 
@@ -204,9 +205,9 @@ def find_checkpoint(name):
 
 
 def read_json(path):
-    """The JSON object in a file."""
+    """The JSON object in a file of 16 MB at most."""
     try:
-        return dict(json.loads(path.read_text()))  # a list is no object
+        return dict(json.loads(path.open(encoding="utf-8").read(2 ** 24)))  # a list is no object
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SystemExit(f"error: {path}: expected a JSON object ({error})") from None
 
@@ -247,6 +248,8 @@ def load_tensors(parameters, folder, files="model*.safetensors"):
         needed = list(parameters[name].shape) if name in parameters else "no such tensor"
         if shape != needed:
             raise SystemExit(f"error: {folder}: {name} is {shape}, the model needs {needed}")
+        if parameters[name].is_meta:  # nothing to fill yet, the shapes fit
+            continue
         tensor = stored[name].get_tensor(name)
         if tensor.dtype.itemsize < 2 or not tensor.isfinite().all():
             raise SystemExit(f"error: {folder}: {name} holds NaN, Inf or single bytes")
@@ -258,11 +261,11 @@ def load_weights(model, folder):
     load_tensors({name: p for name, p in model.named_parameters() if ".lora_" not in name}, folder)
 
 
-def gather_weights(model, only_trained=False):
-    """{name: tensor on the CPU} on the main process, {} on others. All processes call it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # one on the GPU at a time
-    options.ignore_frozen_params = only_trained
-    return get_model_state_dict(model, options=options)
+def gather_weights(model, trained=False):
+    """{name: tensor on the CPU} on the main process, {} on others; of all, or what is trained."""
+    # one at a time is whole on the GPU
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained)
+    return get_model_state_dict(model, options=full)
 
 
 def save_weights(model, folder):

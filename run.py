@@ -144,6 +144,7 @@ class Run:
             model.to(torch.float32 if is_trained and not has_adapters else dtype)
             if has_adapters:
                 add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets.split())
+        load_weights(model, self.checkpoint)  # compares the shapes, before they take memory
         parallelise(model, args, self.procs)  # without weights: nobody ever holds all of them
         load_weights(model.to_empty(device=self.procs.device), self.checkpoint)
         init_lora(model, generator(args.seed, "lora"))  # nothing without adapters

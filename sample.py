@@ -69,7 +69,7 @@ def choose(logits, temperature, uniform, mask_id):
 
 @torch.no_grad()
 def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, diffusion_steps,
-             block_length, temperature, on_step=None):
+             block_length, temperature, on_step=lambda x, committed_at: None):
     """Fill gen_length masks behind each prompt (LLaDA, algorithm 5 and its generate.py).
 
     prompt (B, P); attn_mask (B, P) False at padding; noise (B, diffusion_steps, block_length)
@@ -99,8 +99,7 @@ def generate(model, prompt, attn_mask, noise, *, mask_id, eos_id, gen_length, di
             committed_at[chosen] = step
             masked = masked.gather(1, others)  # (R, M - count)
             step += 1
-            if on_step:
-                on_step(x, committed_at)
+            on_step(x, committed_at)
         ended = (x[rows, start:end] == eos_id).any(dim=1)     # (R,)
         done, rows = rows[ended], rows[~ended]  # a GPU's host waits here, and nowhere else
         x[done, end:] = eos_id  # never looked at, but whole

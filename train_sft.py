@@ -53,8 +53,7 @@ def encode_rows(examples, tokenizer, max_length, args, procs):
     for example in procs.bar(examples, "encode", leave=False):
         prompt = tokenizer.encode_prompt(example["prompt"])  # chat format, up to the answer
         ids = prompt + tokenizer.encode_completion(example["completion"])
-        if args.truncate:
-            ids = ids[:max_length]
+        ids = ids[:max_length] if args.truncate else ids
         if example["completion"].strip() and len(prompt) < len(ids) <= max_length:
             ids += [tokenizer.eos_id] * (args.gen_length - (len(ids) - len(prompt)))
             rows.append((ids, len(prompt)))

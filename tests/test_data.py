@@ -327,7 +327,7 @@ def test_a_bad_row_is_named(tmp_path, task, change, words):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    *[(f"absent.{kind}", None, [f"absent.{kind}: No such file"]) for kind in ("csv", "parquet")],
+    *[(f"absent.{kind}", None, [f"absent.{kind}: No such file"]) for kind in ("csv", "jsonl")],
     ("a.jsonl", "\r\n \r\n", ["no rows"]),
     ("a.csv", "Puzzle,Solution\n", ["no rows"]), ("a.json", "", ["row 1"]), ("a.json", "3", ["row 1", "'Puzzle'"]),
     ("a.jsonl", '{"Puzzle": 1, "Solution": 2}\n\nnot json', ["row 3"]), ("a.jsonl", "[" * 100_000, ["row 1"]),
@@ -373,6 +373,7 @@ def test_parquet(tmp_path, monkeypatch):
     monkeypatch.undo()
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet
+    fails(lambda: read_rows(tmp_path / "absent.parquet", ("a",)), "absent.parquet: No such file")
     fails(lambda: gsm8k.load("test", data=path), path, "cannot be read")
     parquet.write_table(pyarrow.Table.from_pylist([GOOD["gsm8k"]]), path)
     assert gsm8k.load("test", data=path)[0]["answer"] == "1018"

@@ -243,6 +243,10 @@ FAULTS = {  # name: (what happens to a good folder, words of the message)
         ("eos_token_id", 512), ("n_layers", True), ("n_layers", 2.5), ("n_heads", 0), ("d_model", "64"),
         ("d_model", None), ("rope_theta", -1.0), ("rope_theta", 0), ("rms_norm_eps", float("nan")),
         ("max_sequence_length", 0)]},
+    "another shape than memory has room for": (
+        set_config(d_model=2 ** 20), r"attn_norm.weight is \[64\], the model needs \[1048576\]"),
+    "a billion layers": (set_config(n_layers=10 ** 9), "config.json: n_layers = 1000000000"),
+    "a config of 20 MB": (set_config(note="x" * 2 * 10 ** 7), "config.json: expected a JSON object"),
     "d_model = 66": (set_config(d_model=66), r"attn_norm.weight is \[64\], the model needs \[66\]"),
     "n_kv_heads = 3": (set_config(n_kv_heads=3), r"k_proj.weight is \[64, 64\], the model needs \[48, 64\]"),
     "weight_tying = 'yes'": (set_config(weight_tying="yes"), "weight_tying must be"),
