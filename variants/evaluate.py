@@ -77,6 +77,7 @@ def pick_generate(args):
 
 def parse_args(argv=None):
     parser = sample.new_parser(argv)
+    parser.description = __doc__.partition("\n")[0]
     add_sampler_options(parser)
     args = parser.parse_args(argv)
     check_rounds(args, argv)

@@ -35,6 +35,7 @@ def published(argv):
 def parse_args(argv=None):
     """The options of train_grpo.py and of the methods, without those that the chosen methods do not read."""
     parser = train_grpo.new_parser(argv)
+    parser.description = __doc__.partition("\n")[0]
     group = parser.add_argument_group("methods")
     group.add_argument("--estimator", choices=ESTIMATORS, default="one_step", help="see variants/estimators.py")
     group.add_argument("--masks_per_prompt", type=int, default=1, help="K, masks of a prompt in an update")

@@ -71,6 +71,7 @@ def train_step(step, model, reference, optimizer, tokenizer, examples, args, pro
 
 def parse_args(argv=None):
     parser = train_grpo.new_parser(argv)
+    parser.description = __doc__.partition("\n")[0]
     parser.add_argument("--positions_per_pass", type=int, default=8, help="in a forward and backward pass")
     parser.add_argument("--threshold", type=float, help="for evaluations, see variants/fast_dllm.py")
     parser.set_defaults(temperature=1.0, grad_clip=1.0, weight_decay=0.0)
