@@ -142,7 +142,7 @@ def merge(base, trained, out):
     refuse_links(trained)
     with torch.device("meta"):
         model = LLaDA(Config.from_folder(folder))
-    load_weights(model, folder)  # of shapes alone: every tensor is checked, none is kept
+    load_weights(model, folder)  # compares names and shapes, before anything is written
     merges = read_merges(folder)
     factors, trained_files = {}, {}
     if (trained / "config.json").is_file():
