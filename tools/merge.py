@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from any working directory
 
-from lora import ADAPTER, LORA_TARGETS, adapter_parameters, add_lora, lora_modules  # noqa: E402
+from lora import ADAPTER, LORA_TARGETS, PREFIX, adapter_parameters, add_lora, lora_modules  # noqa: E402
 from model import (Config, LLaDA, at_least_float32, find_checkpoint, load_tensors, load_weights,  # noqa: E402
                    open_tensors, read_json, write_json)
 
@@ -67,18 +67,15 @@ def fold_in(modules, factors, tensors):
         weight = tensors.get(f"{name}.weight")
         if weight is None:  # in another shard
             continue
-        A, B = (factors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        A, B = (factors[f"{PREFIX}{name}.lora_{x}.weight"] for x in "AB")
         tensors[f"{name}.weight"] = (at_least_float32(weight) + module.scale * B @ A).to(weight.dtype)
 
 
 # ---------------------------------------------------------------- the model
 
 def shard_files(folder):
-    """The files that hold the weights of a model folder."""
-    paths = sorted(folder.glob("model*.safetensors"))
-    if not paths:
-        raise SystemExit(f"error: {folder} has no model*.safetensors: is it a model, and the download complete?")
-    return paths
+    """The files that hold the weights of a model folder, as load_tensors finds them."""
+    return sorted(folder.glob("model*.safetensors"))
 
 
 def find_tensors(folder):
